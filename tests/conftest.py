@@ -23,7 +23,7 @@ settings.register_profile("saexp", deadline=None, derandomize=True, database=Non
 settings.load_profile("saexp")
 
 # Hydra composes the config of a command once more, only to look for hydra.mode, which no config of
-# the project sets; this is what it finds. Commands in processes of their own look for it.
+# the project sets; this is what it finds. `preloaded.py` does the same, new interpreters do not.
 Hydra.get_mode = lambda *_, **__: None
 
 LONG = (

@@ -11,16 +11,18 @@ import pkgutil
 import warnings
 
 import pandas as pd
-import plotly.graph_objects as go
-import sklearn.feature_extraction.text  # noqa: F401
+import plotly.graph_objs.bar
+import plotly.graph_objs.scatter  # noqa: F401
+import sklearn.feature_extraction.text
+import sklearn.linear_model  # noqa: F401
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 import wandb  # noqa: F401
+from hydra._internal.hydra import Hydra
 from plotly.offline import get_plotlyjs
-from plotly.subplots import make_subplots
 
 import saexp
-from saexp.reports import environment, style
+from saexp.reports import Chart, bar, environment, scatter, style
 
 for module in pkgutil.walk_packages(saexp.__path__, "saexp."):
     if not module.name.endswith("__main__"):
@@ -30,12 +32,14 @@ with warnings.catch_warnings():
     import sae_lens  # noqa: F401
 
 torch.set_num_threads(1)
+# Composed only to look for hydra.mode, which no config of the project sets.
+Hydra.get_mode = lambda *_, **__: None
 # Hydra's plugins, what plotly imports with a figure, and templates of pages.
 saexp.compose([])
-figure = make_subplots(rows=1, cols=1, subplot_titles=["t"])
-for kind in (go.Scatter, go.Bar, go.Histogram):
-    figure.add_trace(kind(x=pd.Series([0.5])), row=1, col=1)
-style(figure.update_layout(title="t"), 300).to_json()
+chart = Chart.with_panels(1, 1, ["t"])
+for trace in (scatter(x=pd.Series([0.5])), bar(y=pd.Series([0.5]))):
+    chart.add_trace(trace)
+style(chart, 300).to_json()
 get_plotlyjs()
 for template in environment().list_templates():
     environment().get_template(template)

@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from saexp.files import RUN_FOLDER, write_text
-from saexp.reports.saved_run import SavedRun
+from saexp.reports.saved_run import SavedRun, provenance_rows
 
 TEMPLATES = Path(__file__).parent / "templates"
 N_ROWS = 200
@@ -190,64 +190,153 @@ def layer_suffix(layer: int, layers: Sequence[int]) -> str:
     return f"_layer_{layer}" if len(layers) > 1 else ""
 
 
-# Parts that several pages have
-
-SAE_CHECK_HEAD = ["hookpoint", "quantity", "measured", "expected", "tolerance", "verdict"]
-
-
-def sae_check_rows(run: SavedRun) -> list[list[Any]]:
-    """Rows of check.parquet for reading; none if the run did not check its SAE."""
-    table = run.table("check")
-    if table is None:
-        return []
-    rows = []
-    for row in table.to_dict("records"):
-        is_alternative = row["verdict"] == "other reading"
-        expected = "" if is_alternative else "unknown"
-        if pd.notna(row["expected"]):
-            expected = row["expected"]
-        measured = [row["hookpoint"], row["quantity"], row["here"]]
-        rows.append([*measured, expected, row["tolerance"], row["verdict"]])
-    return rows
-
-
-def provenance_rows(run: SavedRun) -> list[tuple[str, str]]:
-    """How the run was made, as (name, value)."""
-    about = run.provenance
-    model, machine = about["model"], about["machine"]
-    rows = [
-        ("command", about["command"]),
-        ("started", about["started"]),
-        ("model", f"{model['name']} (revision {model.get('revision') or 'default'})"),
-        ("model weights", model["fingerprint"]),
-    ]
-    if "dtype" in model:
-        rows.append(("model dtype", f"{model['dtype']} ({model['dtype_source']})"))
-    if "sae" in about:
-        sae = about["sae"]
-        rows += [
-            ("SAE", f"{sae.get('name')} ({sae.get('architecture')}, d_sae {sae['d_sae']})"),
-            ("SAE weights", str(sae.get("fingerprint"))),
-        ]
-    if "store" in about:
-        rows.append(("activation store", about["store"]["key"]))
-    if "labels" in about:
-        rows.append(("labels", about["labels"]["key"]))
-    return [
-        *rows,
-        ("seed", str(about["seed"])),
-        ("machine", f"{machine['system']}, {machine['cores']} cores, {machine['device']}"),
-        ("seconds", ", ".join(f"{k} {v:.1f} s" for k, v in about["seconds"].items())),
-        ("versions", ", ".join(f"{k} {v}" for k, v in about["versions"].items())),
-    ]
-
-
 # Figures
 
 
-def style(figure: go.Figure, height: int, *, legend_below: bool = False) -> go.Figure:
-    """Apply the common style: no background, so that pages can be light or dark."""
-    figure.update_layout(
+Trace = dict[str, Any]
+"""A trace of a figure, as plotly writes it: its type and its settings."""
+
+
+def scatter(**settings: Any) -> Trace:
+    """Points or lines."""
+    return {"type": "scatter", **settings}
+
+
+def bar(**settings: Any) -> Trace:
+    """Bars."""
+    return {"type": "bar", **settings}
+
+
+class Chart:
+    """A figure under construction: traces and settings, with the methods of plotly's figures.
+
+    Plotly checks every update of one of its figures, which takes longer than all the rest of a
+    page. Here it checks the complete figure once, in `style`.
+    """
+
+    def __init__(self, *traces: Trace) -> None:
+        self.traces: list[Trace] = list(traces)
+        self.layout: dict[str, Any] = {}
+        self._panels: dict[tuple[int, int], list[str]] = {(1, 1): ["x", "y"]}
+        """(row, column) -> its x axis, its y axis and where there is one its secondary y axis."""
+
+    @classmethod
+    def with_panels(
+        cls,
+        rows: int,
+        cols: int,
+        titles: Sequence[str] = (),
+        spacing: tuple[float | None, float | None] = (None, None),
+        *,
+        shared_yaxes: bool = False,
+        secondary_y: bool = False,
+    ) -> "Chart":
+        """Panels as `plotly.subplots.make_subplots` arranges them; `spacing` is between columns,
+        between rows."""
+        chart, n_axes = cls(), 2 if secondary_y else 1
+        default = (0.2 * n_axes / cols, (0.5 if titles else 0.3) / rows)
+        x_gap, y_gap = (d if gap is None else gap for gap, d in zip(spacing, default, strict=True))
+        width = ((0.94 if secondary_y else 1.0) - x_gap * (cols - 1)) / cols
+        height = (1.0 - y_gap * (rows - 1)) / rows
+        for index in range(rows * cols):
+            row, col = divmod(index, cols)
+            left, bottom = col * (width + x_gap), (rows - 1 - row) * (height + y_gap)
+            x, y = _axis("x", index), _axis("y", index * n_axes)
+            chart._panels[row + 1, col + 1] = [x, y]
+            chart.layout[_key(x)] = {"anchor": y, "domain": [left, left + width]}
+            chart.layout[_key(y)] = {"anchor": x, "domain": [bottom, bottom + height]}
+            if shared_yaxes and col:
+                first = chart._panels[row + 1, 1][1]
+                chart.layout[_key(y)] |= {"matches": first, "showticklabels": False}
+            if secondary_y:
+                other = _axis("y", index * n_axes + 1)
+                chart._panels[row + 1, col + 1].append(other)
+                chart.layout[_key(other)] = {"anchor": x, "overlaying": y, "side": "right"}
+        chart.layout["annotations"] = [
+            _panel_title(text, chart.layout[_key(x)], chart.layout[_key(y)])
+            for text, (x, y, *_) in zip(titles, chart._panels.values(), strict=False)
+        ]
+        return chart
+
+    def add_trace(
+        self, trace: Any, row: int = 1, col: int = 1, *, secondary_y: bool = False
+    ) -> None:
+        """Add a trace, in its panel where there are several."""
+        if self.layout.get("xaxis", {}).get("anchor"):
+            x, *y = self._panels[row, col]
+            trace = {**trace, "xaxis": x, "yaxis": y[secondary_y]}
+        self.traces.append(trace)
+
+    def update_layout(self, **settings: Any) -> None:
+        """Merge settings into those that there are."""
+        _merge(self.layout, settings)
+
+    def update_xaxes(self, row: int | None = None, col: int | None = None, **settings: Any) -> None:
+        """Merge settings into those of the x axes, of one row or column or of all."""
+        for x, *_ in self._chosen(row, col):
+            _merge(self.layout.setdefault(_key(x), {}), settings)
+
+    def update_yaxes(
+        self,
+        row: int | None = None,
+        col: int | None = None,
+        *,
+        secondary_y: bool | None = None,
+        **settings: Any,
+    ) -> None:
+        """Merge settings into those of the y axes, of one row or column, or all of a kind."""
+        chosen = slice(None) if secondary_y is None else slice(1, None) if secondary_y else slice(1)
+        for _, *axes in self._chosen(row, col):
+            for y in axes[chosen]:
+                _merge(self.layout.setdefault(_key(y), {}), settings)
+
+    def _chosen(self, row: int | None, col: int | None) -> list[list[str]]:
+        return [p for (r, c), p in self._panels.items() if row in (None, r) and col in (None, c)]
+
+
+def _axis(letter: str, index: int) -> str:
+    """Plotly's name of an axis: x, x2, x3."""
+    return letter if index == 0 else f"{letter}{index + 1}"
+
+
+def _key(axis: str) -> str:
+    """An axis in a layout: x2 is xaxis2."""
+    return f"{axis[0]}axis{axis[1:]}"
+
+
+def _panel_title(text: str, x: Mapping[str, Any], y: Mapping[str, Any]) -> dict[str, Any]:
+    """The annotation above a panel with these axes."""
+    return {
+        "text": text,
+        "x": sum(x["domain"]) / 2,
+        "y": y["domain"][1],
+        "xref": "paper",
+        "yref": "paper",
+        "xanchor": "center",
+        "yanchor": "bottom",
+        "showarrow": False,
+        "font": {"size": 16},
+    }
+
+
+def _merge(into: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Merge nested settings, as plotly's updates do; `settings` are not changed later."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            into[name] = into.get(name) if isinstance(into.get(name), dict) else {}
+            _merge(into[name], value)
+        else:
+            into[name] = value
+
+
+def style(
+    chart: "Chart | go.Figure", height: int, *, legend_below: bool = False, **layout: Any
+) -> go.Figure:
+    """The figure in the common style: no background, so that pages can be light or dark.
+
+    Settings of its `layout` that are listed replace those of the style.
+    """
+    chart.update_layout(
         height=height,
         margin={"l": 60, "r": 20, "t": 40, "b": 55},
         font={"family": _FONT, "size": 13},
@@ -260,13 +349,14 @@ def style(figure: go.Figure, height: int, *, legend_below: bool = False) -> go.F
         "gridcolor": "rgba(128,128,128,.25)",
         "zerolinecolor": "rgba(128,128,128,.45)",
     }
-    figure.update_xaxes(**grid)
-    figure.update_yaxes(automargin=True, **grid)
+    chart.update_xaxes(**grid)
+    chart.update_yaxes(automargin=True, **grid)
     if legend_below:
         # Above, the legend would cover the titles of the panels.
         legend = {"yref": "container", "y": 0.01, "yanchor": "bottom"}
-        figure.update_layout(legend=legend, margin={"b": 110})
-    return figure
+        chart.update_layout(legend=legend, margin={"b": 110})
+    chart.update_layout(**layout)
+    return chart if isinstance(chart, go.Figure) else go.Figure(chart.traces, chart.layout)
 
 
 def translucent(colour: str, opacity: float) -> str:
@@ -294,9 +384,9 @@ def error_bars(values: pd.Series, low: pd.Series, high: pd.Series) -> dict[str, 
     }
 
 
-def diagonal(low: float, high: float) -> go.Scatter:
+def diagonal(low: float, high: float) -> Trace:
     """A dotted line on which both coordinates are equal."""
-    return go.Scatter(
+    return scatter(
         x=[low, high],
         y=[low, high],
         mode="lines",
@@ -319,14 +409,14 @@ def frequency_scatter(
     positive = values[values > 0]
     least = float(positive.min()) if len(positive) else 0.1
     zero = least / 2.5
-    figure = go.Figure(diagonal(zero, 1))
+    figure = Chart(diagonal(zero, 1))
     for name, table, colour, labelled in series:
         hover = [
             f"latent {latent}<br>{names[1]}: {b:.1%}<br>{names[0]}: {a:.1%}"
             for latent, a, b in zip(table["latent"], table[x], table[y], strict=True)
         ]
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=table[x].clip(lower=zero),
                 y=table[y].clip(lower=zero),
                 mode="markers+text" if labelled else "markers",
@@ -350,57 +440,6 @@ def frequency_scatter(
     figure.update_xaxes(title=f"active on {names[0]}", **axis)
     figure.update_yaxes(title=f"active on {names[1]}", **axis)
     return style(figure, 480)
-
-
-def density_histogram(
-    frequencies: Mapping[str, pd.Series], colours: Mapping[str, str], n_bins: int = 40
-) -> go.Figure:
-    """Number of latents by the fraction of positions at which they are active, on a log axis.
-
-    One series is drawn as bars, several as lines. A separate bar at the left counts the latents
-    that are never active; of several series each has its own.
-    """
-    active = [f[f > 0] for f in frequencies.values()]
-    least = min((math.floor(math.log10(f.min())) for f in active if len(f)), default=-1)
-    edges = np.linspace(least, 0, n_bins + 1)
-    middles = (edges[:-1] + edges[1:]) / 2
-    is_alone = len(frequencies) == 1
-    figure = go.Figure()
-    width = 0.3 / len(frequencies)
-    for index, (name, values) in enumerate(frequencies.items()):
-        heights = np.histogram(np.log10(values[values > 0]), bins=edges)[0]
-        colour = colours[name]
-        figure.add_trace(histogram_trace(name, middles, heights, colour, as_bars=is_alone))
-        figure.add_trace(
-            go.Bar(
-                x=[least - 0.5 + index * width],
-                y=[int((values == 0).sum())],
-                width=[width],
-                name=f"{name}: never active",
-                marker={"color": QUIET if is_alone else translucent(colour, 0.5)},
-                showlegend=False,
-                hovertemplate="never active: %{y} latents<extra></extra>",
-            )
-        )
-    powers = list(range(least, 1))
-    figure.update_layout(bargap=0.02)
-    figure.update_xaxes(
-        title="fraction of positions at which a latent is active",
-        tickvals=[least - 0.5 + width * (len(frequencies) - 1) / 2, *powers],
-        ticktext=["never", *(f"{10.0**p:g}" for p in powers)],
-    )
-    figure.update_yaxes(title="number of latents")
-    return style(figure, 340)
-
-
-def histogram_trace(
-    name: str, x: Any, y: Any, colour: str, *, as_bars: bool
-) -> go.Bar | go.Scatter:
-    """Bars for a series that is alone, a stepped line for one of several."""
-    if as_bars:
-        return go.Bar(x=x, y=y, name=name, marker={"color": colour}, showlegend=False)
-    line = {"color": colour, "shape": "hvh"}
-    return go.Scatter(x=x, y=y, name=name, mode="lines", line=line)
 
 
 # Writing

@@ -13,7 +13,6 @@ from saexp.errors import counted
 from saexp.files import RUN_FOLDER, write_text
 from saexp.reports import (
     GROUP_COLOURS,
-    SAE_CHECK_HEAD,
     AnalyzerPage,
     Finding,
     Section,
@@ -21,7 +20,6 @@ from saexp.reports import (
     TileGroup,
     as_table,
     cell,
-    sae_check_rows,
     write_run_page,
 )
 from saexp.reports.analyzer_pages import CAPABILITY, PROBE
@@ -35,7 +33,7 @@ from saexp.reports.findings import (
     presumed_knowledge,
 )
 from saexp.reports.latents import STATS, TOP_FEATURES
-from saexp.reports.saved_run import SavedRun
+from saexp.reports.saved_run import SAE_CHECK_HEAD, SavedRun, sae_check_rows
 from saexp.reports.training import training_sentence
 from saexp.results import model_title, model_words, sae_words
 
@@ -174,9 +172,12 @@ def save_figures(folder: str | Path, figures: Mapping[str, go.Figure]) -> None:
         write_text(Path(folder) / FIGURES, json.dumps(texts), option=RUN_FOLDER)
 
 
-def report_figures(folder: str | Path) -> dict[str, go.Figure]:
-    """Name -> figure, made from the run's saved tables; of a custom analyzer, those it saved."""
-    run = SavedRun(Path(folder))
+def report_figures(folder: str | Path | SavedRun) -> dict[str, go.Figure]:
+    """Name -> figure, made from the run's saved tables; of a custom analyzer, those it saved.
+
+    The run is its folder, or what was read of it.
+    """
+    run = _opened(folder)
     return _page(run).figures(run) | effect_figures(run)
 
 
@@ -228,17 +229,23 @@ def _details(run: SavedRun) -> list[str]:
     return [setting, *knowledge_sentences(run), *page.sentences(run), *effect_sentences(run)]
 
 
-def write_report(folder: str | Path, figures: Mapping[str, go.Figure] | None = None) -> Path:
+def _opened(folder: str | Path | SavedRun) -> SavedRun:
+    return folder if isinstance(folder, SavedRun) else SavedRun(Path(folder))
+
+
+def write_report(
+    folder: str | Path | SavedRun, figures: Mapping[str, go.Figure] | None = None
+) -> Path:
     """Render report.html from the folder's files; returns its path.
 
     `figures` are those of `report_figures`, if they were made already.
     """
-    run = SavedRun(Path(folder))
+    run = _opened(folder)
     page = _page(run)
     return write_run_page(
         run,
         "report.html",
-        report_figures(folder) if figures is None else figures,
+        report_figures(run) if figures is None else figures,
         title=_title(run),
         question=page.question(run),
         findings=_first_screen(run),

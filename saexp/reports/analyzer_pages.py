@@ -5,7 +5,6 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from saexp.errors import counted
 from saexp.reports import (
@@ -14,16 +13,19 @@ from saexp.reports import (
     PALETTE,
     QUIET,
     AnalyzerPage,
+    Chart,
     Finding,
     Section,
     Table,
     as_table,
+    bar,
     cell,
     diagonal,
     error_bars,
     interval_words,
     metric_words,
     saved_table,
+    scatter,
     style,
 )
 from saexp.reports.saved_run import SavedRun
@@ -229,14 +231,14 @@ def _numbers(table: pd.DataFrame, data: str) -> Table:
 
 
 def _probes(table: pd.DataFrame) -> go.Figure:
-    figure = go.Figure()
+    figure = Chart()
     held_out = ("test", "unseen", "transfer")
     for data, colour in zip(held_out, (*GROUP_COLOURS, PALETTE[2]), strict=True):
         rows = table[(table["data"] == data) & (table["probe"] != _BASELINE)]
         if rows.empty:
             continue
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=rows["auroc"],
                 y=[name_of(p) for p in rows["probe"]],
                 mode="markers",
@@ -246,7 +248,8 @@ def _probes(table: pd.DataFrame) -> go.Figure:
                 showlegend=True,
             )
         )
-    figure.add_vline(x=0.5, line=CHANCE_LINE)
+    chance = {"type": "line", "x0": 0.5, "x1": 0.5, "xref": "x", "y0": 0, "y1": 1}
+    figure.update_layout(shapes=[{**chance, "yref": "y domain", "line": CHANCE_LINE}])
     figure.update_xaxes(title="AUROC", range=[min(0.45, table["auroc"].min() - 0.05), 1.02])
     figure.update_yaxes(title="probe", autorange="reversed")
     return style(figure, 380)
@@ -254,11 +257,11 @@ def _probes(table: pd.DataFrame) -> go.Figure:
 
 def _roc(curves: pd.DataFrame, table: pd.DataFrame) -> go.Figure:
     aurocs = table[table["data"] == curves["data"].iloc[0]].set_index("probe")["auroc"]
-    figure = go.Figure(diagonal(0, 1))
+    figure = Chart(diagonal(0, 1))
     curves = curves[curves["probe"] != _BASELINE]
     for index, (probe, part) in enumerate(curves.groupby("probe", sort=False)):
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=part["fpr"],
                 y=part["tpr"],
                 mode="lines",
@@ -438,14 +441,14 @@ def _token_table(row: Mapping[Any, Any], tops: pd.DataFrame) -> Table:
 def _best_tokens(prompts: pd.DataFrame, tops: pd.DataFrame) -> go.Figure:
     """Probabilities of the most probable tokens after the first prompt."""
     row = prompts.iloc[0]
-    figure = make_subplots(rows=1, cols=2, subplot_titles=list(STATES.values()))
+    figure = Chart.with_panels(1, 2, list(STATES.values()))
     for column, state in enumerate(STATES, start=1):
         rows = tops[(tops["example_id"] == row["example_id"]) & (tops["state"] == state)]
         colours = [
             GROUP_COLOURS[0] if a else GROUP_COLOURS[1] if f else QUIET
             for a, f in zip(rows["is_answer"], rows["is_foil"], strict=True)
         ]
-        bar = go.Bar(
+        bars = bar(
             x=rows["probability"],
             y=rows["rank"],
             text=[repr(t) for t in rows["token"]],
@@ -456,7 +459,7 @@ def _best_tokens(prompts: pd.DataFrame, tops: pd.DataFrame) -> go.Figure:
             showlegend=False,
             hovertemplate="%{text}: %{x:.4f}<extra></extra>",
         )
-        figure.add_trace(bar, row=1, col=column)
+        figure.add_trace(bars, row=1, col=column)
     figure.update_xaxes(title="probability (answer blue, foil red)", range=[0, 1.3])
     figure.update_yaxes(autorange="reversed", dtick=1)
     figure.update_yaxes(title="rank", col=1)
@@ -468,11 +471,11 @@ def _answers(prompts: pd.DataFrame) -> go.Figure:
     panels = {"probability": "probability of the answer"}
     if prompts["logit_difference_clean"].notna().any():
         panels["logit_difference"] = "logit minus the foil's"
-    figure = make_subplots(rows=1, cols=len(panels), subplot_titles=list(panels.values()))
+    figure = Chart.with_panels(1, len(panels), list(panels.values()))
     for column, name in enumerate(panels, start=1):
         x, y = prompts[f"{name}_clean"], prompts[f"{name}_sae"]
         low, high = min(x.min(), y.min()), max(x.max(), y.max())
-        points = go.Scatter(
+        points = scatter(
             x=x,
             y=y,
             mode="markers",

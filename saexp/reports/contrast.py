@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 from pyarrow import ArrowException
 
 from saexp.errors import brief, counted
@@ -15,8 +14,11 @@ from saexp.reports import (
     GROUP_COLOURS,
     QUIET,
     AnalyzerPage,
+    Chart,
     Section,
     Table,
+    Trace,
+    bar,
     cell,
     frequency_scatter,
     style,
@@ -106,14 +108,8 @@ def _activation_histograms(
     """
     n_columns = min(2, max(1, len(panels)))
     n_rows = max(1, -(-len(panels) // n_columns))
-    figure = make_subplots(
-        cols=n_columns,
-        rows=n_rows,
-        subplot_titles=[f"latent {f} (selected for {g})" for g, f in panels],
-        vertical_spacing=0.22,
-        horizontal_spacing=0.18,
-        specs=[[{"secondary_y": True}] * n_columns] * n_rows,
-    )
+    titles = [f"latent {f} (selected for {g})" for g, f in panels]
+    figure = Chart.with_panels(n_rows, n_columns, titles, (0.18, 0.22), secondary_y=True)
     test = activations[activations["split"] == "test"]
     for index, (_, latent) in enumerate(panels):
         panel: dict[str, Any] = {"row": index // n_columns + 1, "col": index % n_columns + 1}
@@ -126,7 +122,7 @@ def _activation_histograms(
             active, inactive = _activation_bars(values, edges, position, group)
             for bars in (active, inactive):
                 bars.update(legendgroup=group, marker={"color": translucent(colour, 0.65)})
-            active.showlegend = index == 0
+            active["showlegend"] = index == 0
             figure.add_trace(active, **panel)
             figure.add_trace(inactive, **panel, secondary_y=True)
         ticks = _ticks(top)
@@ -138,7 +134,6 @@ def _activation_histograms(
     figure.update_layout(barmode="overlay")
     figure.update_xaxes(title="activation")
     figure.update_yaxes(title="fraction of rows, active", secondary_y=False)
-    style(figure, 330 if len(panels) < 2 else 300 * n_rows + 60, legend_below=True)
     figure.update_yaxes(
         title="fraction inactive",
         range=[0, 1.02],
@@ -147,22 +142,23 @@ def _activation_histograms(
         showgrid=False,
         secondary_y=True,
     )
-    return figure.update_layout(margin={"r": 60, "b": 90})
+    height = 330 if len(panels) < 2 else 300 * n_rows + 60
+    return style(figure, height, legend_below=True, margin={"r": 60, "b": 90})
 
 
 def _activation_bars(
     values: pd.Series, edges: np.ndarray, position: float, group: str
-) -> tuple[go.Bar, go.Bar]:
+) -> tuple[Trace, Trace]:
     """The histogram of a group's active rows, and a bar of its inactive ones at `position`."""
     n = max(len(values), 1)
-    active = go.Bar(
+    active = bar(
         x=(edges[:-1] + edges[1:]) / 2,
         y=np.histogram(values[values != 0], bins=edges)[0] / n,
         width=np.diff(edges),
         name=group,
         hovertemplate=f"{group}, %{{x:.3g}}: %{{y:.1%}} of rows<extra></extra>",
     )
-    inactive = go.Bar(
+    inactive = bar(
         x=[position],
         y=[int((values == 0).sum()) / n],
         width=[0.055 * edges[-1]],
@@ -182,14 +178,14 @@ def _ticks(top: float) -> list[float]:
 
 def _by_type(run: SavedRun) -> go.Figure:
     """Separation of the leading latents per entity type, on held-out entities."""
-    figure = go.Figure()
+    figure = Chart()
     first, second = run.groups
     for group, colour in _colours(run).items():
         for index, (_, row) in enumerate(run.selected(group).head(4).iterrows()):
             # The table holds each type's separation in the latent's own direction.
             heights = [row[f"separation_{t}_test"] for t in run.entity_types]
             figure.add_trace(
-                go.Bar(
+                bar(
                     x=run.entity_types,
                     y=heights,
                     name=f"{group}: latent {row['latent']}",

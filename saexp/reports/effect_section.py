@@ -4,10 +4,19 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from saexp.errors import counted
-from saexp.reports import GROUP_COLOURS, QUIET, error_bars, style, translucent, wrapped
+from saexp.reports import (
+    GROUP_COLOURS,
+    QUIET,
+    Chart,
+    Trace,
+    error_bars,
+    scatter,
+    style,
+    translucent,
+    wrapped,
+)
 from saexp.reports.effects import (
     action_words,
     capitalized,
@@ -67,24 +76,24 @@ def effect_figure(run: SavedRun, condition: str) -> go.Figure:
     """The first outcome of one condition against the coefficient, with the band of all controls."""
     summary, outcome = run.summary, run.outcomes[0]
     assert summary is not None
-    figure = make_subplots(rows=1, cols=1)
+    figure = Chart()
     controls = summary[(summary["of"] == condition) & (summary["role"] == "control")]
     n_at = controls.groupby("condition")["coefficient"].transform("nunique")
     if (n_at > 1).any():
         band = _band(controls[n_at > 1], outcome, "", is_shown=True)
-        figure.add_trace(band.update(name="range of the controls"))
+        figure.add_trace(band | {"name": "range of the controls"})
     chosen = run.chosen_coefficient(condition)
     at = controls[controls["coefficient"] == chosen]
     if len(at):
         points = _points(at, outcome, "", float(chosen or 0.0), is_shown=True)
-        figure.add_trace(points.update(name="controls at the chosen coefficient"))
+        figure.add_trace(points | {"name": "controls at the chosen coefficient"})
     for _, rows in summary[summary["condition"] == condition].groupby("group", sort=False):
         figure.add_trace(_curve(run, rows, outcome, is_main=True))
     _label_dose_axes(figure, run, outcome)
-    return style(figure, 330, legend_below=True).update_layout(margin={"t": 40, "b": 115})
+    return style(figure, 330, legend_below=True, margin={"t": 40, "b": 115})
 
 
-def _label_dose_axes(figure: go.Figure, run: SavedRun, outcome: str) -> None:
+def _label_dose_axes(figure: Chart, run: SavedRun, outcome: str) -> None:
     figure.update_xaxes(title=coefficient_title(run.config["intervention"]))
     is_rate = run.is_rate(outcome)
     if is_rate:
@@ -100,16 +109,11 @@ def dose_response(run: SavedRun, outcome: str) -> go.Figure:
     n_columns = min(2, max(1, len(names)))
     n_rows = max(1, -(-len(names) // n_columns))
     first_rows = [summary[summary["condition"] == name].iloc[0] for name in names]
-    figure = make_subplots(
-        cols=n_columns,
-        rows=n_rows,
-        subplot_titles=[
-            wrapped(capitalized(action_words(run.config["intervention"], row)), 50)
-            for row in first_rows
-        ],
-        shared_yaxes=True,
-        vertical_spacing=0.16,
-    )
+    titles = [
+        wrapped(capitalized(action_words(run.config["intervention"], row)), 50)
+        for row in first_rows
+    ]
+    figure = Chart.with_panels(n_rows, n_columns, titles, (None, 0.16), shared_yaxes=True)
     in_legend: set[str] = set()
     for index, name in enumerate(names):
         panel: dict[str, Any] = {"row": index // n_columns + 1, "col": index % n_columns + 1}
@@ -119,15 +123,15 @@ def dose_response(run: SavedRun, outcome: str) -> go.Figure:
             figure.add_trace(trace, **panel)
         _add_condition(figure, run, outcome, name, panel)
     _label_dose_axes(figure, run, outcome)
-    style(figure, 380 * n_rows + 100, legend_below=True)
-    return figure.update_layout(legend={"itemsizing": "constant"})
+    legend = {"itemsizing": "constant"}
+    return style(figure, 380 * n_rows + 100, legend_below=True, legend=legend)
 
 
-def _band(controls: pd.DataFrame, column: str, kind: str, *, is_shown: bool) -> go.Scatter:
+def _band(controls: pd.DataFrame, column: str, kind: str, *, is_shown: bool) -> Trace:
     """From the lowest to the highest of the controls, at each coefficient."""
     band = controls.groupby("coefficient")[column].agg(["min", "max"]).sort_index()
     colour = _KIND_COLOURS.get(kind, QUIET)
-    return go.Scatter(
+    return scatter(
         x=[*band.index, *band.index[::-1]],
         y=[*band["max"], *band["min"][::-1]],
         mode="lines",
@@ -141,11 +145,9 @@ def _band(controls: pd.DataFrame, column: str, kind: str, *, is_shown: bool) -> 
     )
 
 
-def _points(
-    controls: pd.DataFrame, column: str, kind: str, x: float, *, is_shown: bool
-) -> go.Scatter:
+def _points(controls: pd.DataFrame, column: str, kind: str, x: float, *, is_shown: bool) -> Trace:
     """Every control of a kind at one coefficient, drawn at `x`."""
-    return go.Scatter(
+    return scatter(
         x=[x] * len(controls),
         y=controls[column],
         mode="markers",
@@ -159,7 +161,7 @@ def _points(
 
 def _control_traces(
     controls: pd.DataFrame, column: str, chosen: float | None, in_legend: set[str]
-) -> list[go.Scatter]:
+) -> list[Trace]:
     """Bands and points of a condition's controls; adds their kinds to those `in_legend`."""
     kinds = [k for k in CONTROL_WORDS if k in set(controls["control_kind"])]
     coefficients = controls["coefficient"]
@@ -181,7 +183,7 @@ def _control_traces(
 
 
 def _add_condition(
-    figure: go.Figure, run: SavedRun, outcome: str, name: str, panel: dict[str, Any]
+    figure: Chart, run: SavedRun, outcome: str, name: str, panel: dict[str, Any]
 ) -> None:
     """Add a condition's curve with intervals, and thin those of its latents one by one."""
     summary = run.summary
@@ -195,14 +197,14 @@ def _add_condition(
         figure.add_trace(_curve(run, part, outcome, is_main=condition == name), **panel)
 
 
-def _curve(run: SavedRun, rows: pd.DataFrame, outcome: str, *, is_main: bool) -> go.Scatter:
+def _curve(run: SavedRun, rows: pd.DataFrame, outcome: str, *, is_main: bool) -> Trace:
     """A condition's outcome against the coefficient; thin and without intervals if not main."""
     points = with_baseline(run, rows)
     limits = (points[f"{outcome}_ci_{end}"] for end in ("low", "high"))
     first = points.iloc[0]
     # Latents without a direction are run on the prompts of every group.
     on = f", {prompts_of(first['group'])}" if first["direction"] in ("latent", "latents") else ""
-    return go.Scatter(
+    return scatter(
         x=points["coefficient"],
         y=points[outcome],
         mode="lines+markers",
@@ -219,7 +221,7 @@ def _curve(run: SavedRun, rows: pd.DataFrame, outcome: str, *, is_main: bool) ->
 def cost_curve(run: SavedRun, costs: pd.DataFrame) -> go.Figure:
     """KL on neutral text against coefficient, main conditions and the band of their controls."""
     names = [c for c in run.main_conditions() if c in set(costs["condition"])]
-    figure = go.Figure()
+    figure = Chart()
     controls = costs[(costs["role"] == "control") & costs["of"].isin(names)]
     n_at = controls.groupby("condition")["coefficient"].transform("nunique")
     for kind in [k for k in CONTROL_WORDS if k in set(controls["control_kind"])]:
@@ -232,7 +234,7 @@ def cost_curve(run: SavedRun, costs: pd.DataFrame) -> go.Figure:
         is_latents = row["role"] in ("group", "single")
         colour = _colour(run, str(row["direction"])) if is_latents else _OTHER[index % len(_OTHER)]
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=part["coefficient"],
                 y=part["neutral_kl"],
                 mode="lines+markers",
@@ -256,14 +258,14 @@ def patching_by_layer(run: SavedRun, outcome: str) -> go.Figure:
     )
     rows = rows.assign(stream=label["stream"], layer=label["layer"].astype(int))
     change = f"{outcome}_change"
-    figure = go.Figure()
+    figure = Chart()
     for direction, of_direction in rows.groupby("direction", sort=False):
         for index, (stream, part) in enumerate(of_direction.groupby("stream", sort=False)):
             colour, dash = _colour(run, str(direction)), ("solid", "dash", "dot")[index % 3]
             patched = part[part["role"] == "place"].sort_values("layer")
             limits = (patched[f"{change}_ci_{end}"] for end in ("low", "high"))
             figure.add_trace(
-                go.Scatter(
+                scatter(
                     x=patched["layer"],
                     y=patched[change],
                     mode="markers" if label["head"].notna().any() else "lines+markers",
@@ -276,7 +278,7 @@ def patching_by_layer(run: SavedRun, outcome: str) -> go.Figure:
             )
             controls = part[part["role"] == "control"].groupby("layer")[change].mean()
             figure.add_trace(
-                go.Scatter(
+                scatter(
                     x=controls.index,
                     y=controls.to_numpy(),
                     mode="lines+markers",
@@ -293,29 +295,30 @@ def attention_changes(attention: pd.DataFrame) -> go.Figure:
     """Change of attention to the entity per layer and head; a cross marks p < 0.05, corrected."""
     names = list(dict.fromkeys(attention["condition"]))
     titles = [name.replace("_", " ") for name in names]
-    figure = make_subplots(cols=1, rows=len(names), subplot_titles=titles, vertical_spacing=0.12)
+    figure = Chart.with_panels(len(names), 1, titles, (None, 0.12))
     limit = float(attention["difference"].abs().max()) or 1.0
     for row, name in enumerate(names, 1):
         part = attention[attention["condition"] == name]
         grid = part.pivot_table(index="layer", columns="head", values="difference")
         figure.add_trace(
-            go.Heatmap(
-                z=grid.to_numpy(),
-                x=list(grid.columns),
-                y=list(grid.index),
-                zmin=-limit,
-                zmax=limit,
-                colorscale="RdBu",
-                showscale=row == 1,
-                colorbar={"title": {"text": "change of<br>attention"}},
-                hovertemplate="layer %{y}, head %{x}: %{z:.3f}<extra></extra>",
-            ),
+            {
+                "type": "heatmap",
+                "z": grid.to_numpy(),
+                "x": list(grid.columns),
+                "y": list(grid.index),
+                "zmin": -limit,
+                "zmax": limit,
+                "colorscale": "RdBu",
+                "showscale": row == 1,
+                "colorbar": {"title": {"text": "change of<br>attention"}},
+                "hovertemplate": "layer %{y}, head %{x}: %{z:.3f}<extra></extra>",
+            },
             row=row,
             col=1,
         )
         significant = part[part["p_corrected"] < 0.05]
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=significant["head"],
                 y=significant["layer"],
                 mode="markers",

@@ -9,7 +9,17 @@ import plotly.graph_objects as go
 
 from saexp.errors import counted
 from saexp.labeling.matchers import PAPER, Rules, type_key
-from saexp.reports import GROUP_COLOURS, QUIET, Finding, Table, cell, style, write_run_page
+from saexp.reports import (
+    GROUP_COLOURS,
+    QUIET,
+    Chart,
+    Finding,
+    Table,
+    bar,
+    cell,
+    style,
+    write_run_page,
+)
 from saexp.reports.saved_run import SavedRun
 from saexp.results import model_title
 from saexp.stats import wilson
@@ -180,11 +190,11 @@ def _figure(run: SavedRun) -> go.Figure:
     assert entities is not None, "task=label saves its entities"
     kinds = entities["entity_type"].fillna("").astype(str)
     order = list(dict.fromkeys(kinds))
-    figure = go.Figure()
+    figure = Chart()
     for group, colour in zip(GROUPS, (*GROUP_COLOURS[:2], QUIET), strict=True):
         counts = kinds[entities["group"] == group].value_counts()
         figure.add_trace(
-            go.Bar(
+            bar(
                 x=order,
                 y=[int(counts.get(k, 0)) for k in order],
                 name=group,
@@ -199,8 +209,8 @@ def _figure(run: SavedRun) -> go.Figure:
 
 def _passages_figure(table: pd.DataFrame) -> go.Figure:
     counts = table["matching_tokens"].value_counts().sort_index()
-    bars = go.Bar(x=counts.index.tolist(), y=counts.tolist(), marker={"color": GROUP_COLOURS[0]})
-    figure = go.Figure(bars)
+    bars = bar(x=counts.index.tolist(), y=counts.tolist(), marker={"color": GROUP_COLOURS[0]})
+    figure = Chart(bars)
     figure.update_xaxes(title="leading tokens that match")
     figure.update_yaxes(title="number of texts")
     return style(figure, 320)

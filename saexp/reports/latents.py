@@ -11,26 +11,31 @@ from saexp.errors import StoreError, counted
 from saexp.files import RUN_FOLDER, write_text
 from saexp.reports import (
     GROUP_COLOURS,
-    SAE_CHECK_HEAD,
     AnalyzerPage,
+    Chart,
     Finding,
     Section,
     Strip,
     Table,
     as_table,
+    bar,
     environment,
     error_bars,
     frequency_scatter,
     interval_words,
     layer_suffix,
     layers_of,
-    provenance_rows,
-    sae_check_rows,
     saved_table,
+    scatter,
     style,
     translucent,
 )
-from saexp.reports.saved_run import SavedRun
+from saexp.reports.saved_run import (
+    SAE_CHECK_HEAD,
+    SavedRun,
+    provenance_rows,
+    sae_check_rows,
+)
 from saexp.results import model_title
 
 # analyzer=stats
@@ -241,10 +246,10 @@ def _by_group(table: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
 
 
 def _l0(table: pd.DataFrame) -> go.Figure:
-    figure = go.Figure()
+    figure = Chart()
     for group, colour, part in _by_group(table):
         figure.add_trace(
-            go.Bar(
+            bar(
                 x=part["n_active"],
                 y=part["n_positions"] / part["n_positions"].sum(),
                 customdata=part["n_positions"],
@@ -260,10 +265,10 @@ def _l0(table: pd.DataFrame) -> go.Figure:
 
 
 def _values(table: pd.DataFrame) -> go.Figure:
-    figure = go.Figure()
+    figure = Chart()
     for group, colour, part in _by_group(table):
         figure.add_trace(
-            go.Bar(
+            bar(
                 x=(part["low"] + part["high"]) / 2,
                 y=part["n"] / max(int(part["n"].sum()), 1),
                 width=part["high"] - part["low"],
@@ -292,10 +297,10 @@ def _frequencies(counts: pd.DataFrame, names: list[str]) -> go.Figure:
 
 
 def _l0_by_layer(groups: pd.DataFrame) -> go.Figure:
-    figure = go.Figure()
+    figure = Chart()
     for group, colour, part in _by_group(groups):
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=part["layer"],
                 y=part["l0"],
                 mode="lines+markers",
@@ -352,7 +357,7 @@ def _top_figures(run: SavedRun) -> dict[str, go.Figure]:
     if len(layers_of(table)) < 2:
         return {}
     column = run.analyzer_option("by", "max")
-    points = go.Scatter(
+    points = scatter(
         x=table["layer"],
         y=table[column],
         mode="markers",
@@ -368,7 +373,7 @@ def _top_figures(run: SavedRun) -> dict[str, go.Figure]:
         hovertemplate="layer %{x}, latent %{customdata[0]}: %{y:.3g} at '%{customdata[1]}'"
         "<extra></extra>",
     )
-    figure = go.Figure(points)
+    figure = Chart(points)
     figure.update_xaxes(title="layer", dtick=1 if len(layers_of(table)) < 30 else None)
     figure.update_yaxes(title=_AXES[column])
     return {"by_layer": style(figure, 380)}

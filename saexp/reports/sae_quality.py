@@ -1,5 +1,6 @@
 """The page about the quality of SAEs (task=evaluate)."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,19 @@ from saexp.errors import counted
 from saexp.reports import (
     PALETTE,
     QUIET,
+    Chart,
     Finding,
     TileGroup,
+    Trace,
     as_table,
+    bar,
     cell,
-    density_histogram,
     error_bars,
-    histogram_trace,
     interval_words,
     saved_table,
+    scatter,
     style,
+    translucent,
     write_run_page,
 )
 from saexp.reports.saved_run import SavedRun
@@ -262,6 +266,55 @@ def evaluation_figures(folder: str | Path) -> dict[str, go.Figure]:
     return figures
 
 
+def density_histogram(
+    frequencies: Mapping[str, pd.Series], colours: Mapping[str, str], n_bins: int = 40
+) -> go.Figure:
+    """Number of latents by the fraction of positions at which they are active, on a log axis.
+
+    One series is drawn as bars, several as lines. A separate bar at the left counts the latents
+    that are never active; of several series each has its own.
+    """
+    active = [f[f > 0] for f in frequencies.values()]
+    least = min((math.floor(math.log10(f.min())) for f in active if len(f)), default=-1)
+    edges = np.linspace(least, 0, n_bins + 1)
+    middles = (edges[:-1] + edges[1:]) / 2
+    is_alone = len(frequencies) == 1
+    figure = Chart()
+    width = 0.3 / len(frequencies)
+    for index, (name, values) in enumerate(frequencies.items()):
+        heights = np.histogram(np.log10(values[values > 0]), bins=edges)[0]
+        colour = colours[name]
+        figure.add_trace(histogram_trace(name, middles, heights, colour, as_bars=is_alone))
+        figure.add_trace(
+            bar(
+                x=[least - 0.5 + index * width],
+                y=[int((values == 0).sum())],
+                width=[width],
+                name=f"{name}: never active",
+                marker={"color": QUIET if is_alone else translucent(colour, 0.5)},
+                showlegend=False,
+                hovertemplate="never active: %{y} latents<extra></extra>",
+            )
+        )
+    powers = list(range(least, 1))
+    figure.update_layout(bargap=0.02)
+    figure.update_xaxes(
+        title="fraction of positions at which a latent is active",
+        tickvals=[least - 0.5 + width * (len(frequencies) - 1) / 2, *powers],
+        ticktext=["never", *(f"{10.0**p:g}" for p in powers)],
+    )
+    figure.update_yaxes(title="number of latents")
+    return style(figure, 340)
+
+
+def histogram_trace(name: str, x: Any, y: Any, colour: str, *, as_bars: bool) -> Trace:
+    """Bars for a series that is alone, a stepped line for one of several."""
+    if as_bars:
+        return bar(x=x, y=y, name=name, marker={"color": colour}, showlegend=False)
+    line = {"color": colour, "shape": "hvh"}
+    return scatter(x=x, y=y, name=name, mode="lines", line=line)
+
+
 def sae_colours(names: list[str]) -> dict[str, str]:
     """A colour for each SAE of a figure."""
     if len(names) < len(PALETTE):
@@ -278,9 +331,9 @@ def _bars(rows: pd.DataFrame, name: str) -> dict[str, Any] | None:
 
 
 def _losses(table: pd.DataFrame) -> go.Figure:
-    figure = go.Figure()
+    figure = Chart()
     for state, (name, colour) in _STATES.items():
-        bars = go.Bar(
+        bars = bar(
             x=[_sae_name(label) for label in table["sae"]],
             y=table[f"ce_{state}"],
             error_y=_bars(table, f"ce_{state}"),
@@ -295,13 +348,13 @@ def _losses(table: pd.DataFrame) -> go.Figure:
 
 
 def _scores_by_layer(table: pd.DataFrame) -> go.Figure:
-    figure = go.Figure()
+    figure = Chart()
     for (width, rows), colour in zip(table.groupby("d_sae"), PALETTE * 9, strict=False):
         for name, dash, reference in (
             ("ce_loss_score", "solid", "zeros"),
             ("ce_loss_score_mean", "dot", "the mean"),
         ):
-            line = go.Scatter(
+            line = scatter(
                 x=rows["layer"],
                 y=rows[name],
                 error_y=_bars(rows, name),
@@ -316,7 +369,7 @@ def _scores_by_layer(table: pd.DataFrame) -> go.Figure:
 
 
 def _l0(counts: Mapping[str, pd.DataFrame], colours: Mapping[str, str]) -> go.Figure:
-    figure = go.Figure()
+    figure = Chart()
     largest = max(int(rows["n_active"].max()) for rows in counts.values())
     size = max(1, -(-(largest + 1) // 60))
     for name, rows in counts.items():

@@ -7,23 +7,28 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from saexp.config import SAETrainerConfig
 from saexp.errors import counted
 from saexp.reports import (
     GROUP_COLOURS,
     PALETTE,
+    Chart,
     Finding,
     TileGroup,
     as_table,
-    density_histogram,
-    histogram_trace,
+    bar,
     saved_table,
+    scatter,
     style,
     write_run_page,
 )
-from saexp.reports.sae_quality import DENSITY_CAPTION, sae_colours
+from saexp.reports.sae_quality import (
+    DENSITY_CAPTION,
+    density_histogram,
+    histogram_trace,
+    sae_colours,
+)
 from saexp.reports.saved_run import SavedRun, lines
 from saexp.results import model_title
 
@@ -127,7 +132,7 @@ def _epochs(history: pd.DataFrame) -> dict[str, Any]:
 
 
 def _losses(history: pd.DataFrame) -> go.Figure:
-    figure = go.Figure()
+    figure = Chart()
     names = [str(c) for c in history if str(c).endswith("loss")]
     names.sort(key=lambda name: name == "overall_loss")
     for name in names:
@@ -135,26 +140,26 @@ def _losses(history: pd.DataFrame) -> go.Figure:
             # Without an auxiliary loss it equals another one, which a dotted line leaves visible.
             line = {"dash": "dot", "width": 3} if name == "overall_loss" else {}
             about = {"name": name.replace("_", " "), "line": line, **_epochs(history)}
-            figure.add_trace(go.Scatter(x=history["step"], y=history[name], **about))
+            figure.add_trace(scatter(x=history["step"], y=history[name], **about))
     figure.update_xaxes(title=_step_title([history]))
     figure.update_yaxes(title="loss", type="log")
-    return style(figure, 360).update_layout(showlegend=True)
+    return style(figure, 360, showlegend=True)
 
 
 def _overall_losses(histories: Mapping[str, pd.DataFrame], colours: Mapping[str, str]) -> go.Figure:
-    figure = go.Figure()
+    figure = Chart()
     for name, history in histories.items():
         line = {"color": colours[name]}
         about = {"name": name, "line": line, **_epochs(history)}
-        figure.add_trace(go.Scatter(x=history["step"], y=history["overall_loss"], **about))
+        figure.add_trace(scatter(x=history["step"], y=history["overall_loss"], **about))
     figure.update_xaxes(title=_step_title(histories.values()))
     figure.update_yaxes(title="loss", type="log")
-    return style(figure, 360, legend_below=True).update_layout(showlegend=True)
+    return style(figure, 360, legend_below=True, showlegend=True)
 
 
 def _progress(histories: Mapping[str, pd.DataFrame], colours: Mapping[str, str]) -> go.Figure:
     panels = {k: v for k, v in _PANELS.items() if any(k in h for h in histories.values())}
-    figure = make_subplots(rows=1, cols=len(panels), horizontal_spacing=0.36 / len(panels))
+    figure = Chart.with_panels(1, len(panels), spacing=(0.36 / len(panels), None))
     for column, (name, title) in enumerate(panels.items(), start=1):
         for label, history in histories.items():
             line = {"color": colours[label]}
@@ -163,12 +168,12 @@ def _progress(histories: Mapping[str, pd.DataFrame], colours: Mapping[str, str])
                 known = history[history[name].notna()]
                 mode = "lines+markers" if name == "ce_loss_score" else None
                 shown = {"line": line, "mode": mode, **about, **_epochs(known)}
-                curve = go.Scatter(x=known["step"], y=known[name], **shown)
+                curve = scatter(x=known["step"], y=known[name], **shown)
                 figure.add_trace(curve, row=1, col=column)
             if (held_out := _HELD_OUT.get(name)) in history:
                 known = history[history[held_out].notna()]
                 about |= {"name": f"{label or title}, held-out text", "showlegend": False}
-                points = go.Scatter(
+                points = scatter(
                     x=known["step"],
                     y=known[held_out],
                     mode="markers",
@@ -184,15 +189,14 @@ def _progress(histories: Mapping[str, pd.DataFrame], colours: Mapping[str, str])
             figure.update_yaxes(range=[ends[0] - 0.03, ends[1] + 0.03], row=1, col=column)
     figure.update_xaxes(title=_step_title(histories.values()))
     several = len(histories) > 1
-    return style(figure, 380 if several else 320, legend_below=several).update_layout(
-        showlegend=several
-    )
+    height = 380 if several else 320
+    return style(figure, height, legend_below=several, showlegend=several)
 
 
 def _quality(table: pd.DataFrame, colours: Mapping[str, str]) -> go.Figure:
-    figure = go.Figure()
+    figure = Chart()
     for row in table.to_dict("records"):
-        point = go.Scatter(
+        point = scatter(
             x=[row["l0"]],
             y=[row["explained_variance"]],
             name=str(row["sae"]),
@@ -202,7 +206,7 @@ def _quality(table: pd.DataFrame, colours: Mapping[str, str]) -> go.Figure:
         figure.add_trace(point)
     figure.update_xaxes(title="L0 (active latents per position)")
     figure.update_yaxes(title="explained variance")
-    return style(figure, 400, legend_below=True).update_layout(showlegend=True)
+    return style(figure, 400, legend_below=True, showlegend=True)
 
 
 def _histogram(
@@ -214,7 +218,7 @@ def _histogram(
     log: bool = False,
 ) -> go.Figure:
     """One series as bars, several as lines over the same bins."""
-    figure = go.Figure()
+    figure = Chart()
     bins: Any = _N_BINS
     if len(series) > 1:
         bins = np.histogram_bin_edges(pd.concat(list(series.values())), bins=_N_BINS)
@@ -225,7 +229,7 @@ def _histogram(
             figure.add_trace(histogram_trace(name, middles, counts, colours[name], as_bars=False))
             continue
         colour = {"color": colours[name]}
-        figure.add_trace(go.Bar(x=middles, y=counts, width=np.diff(edges), marker=colour))
+        figure.add_trace(bar(x=middles, y=counts, width=np.diff(edges), marker=colour))
     figure.update_xaxes(title=x)
     figure.update_yaxes(title=y, type="log" if log else "linear")
     return style(figure, 320)

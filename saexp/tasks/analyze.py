@@ -20,6 +20,7 @@ from saexp.pipeline.objects import describe_sae
 from saexp.pipeline.run_folder import save_run, unexplained_notes, write_provenance
 from saexp.pipeline.validation import attribute_latents, score_latents, validate_sae
 from saexp.reports.analysis import findings, report_figures, save_figures, write_report
+from saexp.reports.saved_run import SavedRun
 from saexp.results import Result
 
 N_SHOWN = 4
@@ -153,6 +154,7 @@ def _write_page(
     if cfg.analyzer.name != "contrast":
         about = {**about, "finding": findings(folder)}
         write_provenance(context, cfg, result, skips, about)
-    figures = report_figures(folder)
-    write_report(folder, figures)
+    run = SavedRun(folder)
+    figures = report_figures(run)
+    write_report(run, figures)
     return figures
