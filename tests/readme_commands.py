@@ -88,7 +88,8 @@ ELSEWHERE = {
         "tests/e2e/test_sweep.py::test_the_table_is_what_the_cells_folders_hold"
     ),
     "python -m saexp -m hydra/launcher=joblib hydra.launcher.n_jobs=4 layer=0,1,2,3,4": (
-        "tests/e2e/test_sweep.py::test_joblib_finds_what_the_basic_launcher_finds"
+        "tests/e2e/faults/test_signals.py::"
+        "test_a_stopped_joblib_sweep_leaves_no_worker_and_finished_cells_as_the_basic_launcher_s"
     ),
     "python -m saexp -m task=collect 'layer=[9,20,31]' 'task.shard=range(0,8)' task.n_shards=8 "
     "hydra/launcher=joblib hydra.launcher.n_jobs=8": (
