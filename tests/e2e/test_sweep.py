@@ -83,24 +83,24 @@ def test_the_plan_is_one_pass_that_stores_every_layer(swept: Said) -> None:
 
 @pytest.fixture(scope="module")
 def failing(tmp_path_factory: pytest.TempPathFactory) -> Said:
-    """Two cells, the first one fails; each with a W&B run, offline."""
+    """Three cells: one fails, one cannot begin; each with a W&B run, offline."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         folder = tmp_path_factory.mktemp("failing")
-        return command(folder, "-m", "layer=9,2", *SMALL, "tracker=wandb", "intervention=none")
+        return command(folder, "-m", "layer=9,foo,2", *SMALL, "tracker=wandb", "intervention=none")
 
 
 def test_a_failing_cell_fails_the_sweep_after_the_others(failing: Said) -> None:
     assert failing.code == 1
-    table = table_of(failing.sweep).set_index("layer")
-    assert table["status"].to_dict() == {9: "failed", 2: "finished"}
+    table = table_of(failing.sweep)
+    assert table["status"].tolist() == ["failed", "failed", "finished"]
     why = "layer=9 is out of range: tiny has layers 0-4; try layer=4"
-    assert table.loc[9, "error"] == why
+    assert table["error"][0] == why
     assert why in page_of(failing.sweep)
     assert_links(failing.sweep, 1)
-    error = failing.sweep / table.loc[9, "folder"] / "error.txt"
+    error = failing.sweep / table["folder"][0] / "error.txt"
     assert error.read_text("utf-8") == f"ModelError: {why}\n"
-    assert "sweep: 2 cells: 1 failed, 1 finished" in failing.out.splitlines()
+    assert "sweep: 3 cells: 2 failed, 1 finished" in failing.out.splitlines()
     assert failing.err.splitlines()[-1] == f"saexp: {why}"
     assert "Traceback" not in failing.err
 
@@ -113,14 +113,15 @@ def test_wandb_holds_a_run_per_cell_and_one_with_the_table(failing: Said) -> Non
     runs = wandb_runs(failing.sweep)
     assert [(r["job_type"], r["exit_code"]) for r in runs] == [
         ("analyze", 1),
+        ("analyze", 1),
         ("analyze", 0),
         ("sweep", 0),
     ]
     (group,) = {r["group"] for r in runs}
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d · sweep", group)
     holding = [any(k.startswith("tables/sweep/") for k in r["keys"]) for r in runs]
-    assert holding == [False, False, True]
-    assert "contrast/best_auroc_known_test" in runs[1]["keys"]
+    assert holding == [False, False, False, True]
+    assert "contrast/best_auroc_known_test" in runs[2]["keys"]
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +160,7 @@ def test_the_cell_that_ctrl_c_ended_counts_as_stopped(stopped: Said) -> None:
 
 def test_shards_made_by_several_cells_are_one_store(tmp_path: Path) -> None:
     words = ["task=collect", "layer=[0,3]", "tracker=none", "dataset.n_examples=60"]
-    said = command(
-        tmp_path, "-m", *words, "task.shard=0,1,2", "task.n_shards=3", "hydra.sweep.dir=sweep"
-    )
+    said = command(tmp_path, "-m", *words, "task.shard=0,1,2", "task.n_shards=3")
     assert said.code == 0, said.err[-2000:]
     (parts,) = (saexp.open_store(p) for p in (tmp_path / "outputs/cache/activations").iterdir())
     cfg = saexp.compose([*words, f"cache_dir={tmp_path}/alone"])
@@ -171,7 +170,8 @@ def test_shards_made_by_several_cells_are_one_store(tmp_path: Path) -> None:
     assert parts.rows.equals(alone.rows)
     for layer in (0, 3):
         torch.testing.assert_close(parts.acts(layer), alone.acts(layer), atol=1e-5, rtol=0)
-    forwarded = table_of(said.sweep)["collection/tokens_forwarded"]
+    (sweep,) = (tmp_path / "outputs/sweeps").glob("*/*")
+    forwarded = table_of(sweep)["collection/tokens_forwarded"]
     assert (forwarded > 0).all()
     assert forwarded.sum() == result.metrics["collection/tokens_forwarded"]
 

@@ -15,12 +15,14 @@ from saexp.config.run import conf_folder
 from saexp.tasks import saved_runs
 from saexp.tasks.saved_runs import PARAMETERS, Panel, keys_of_folder, sections
 from tests import interpreters
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import Said, command, metrics_of, table_of, wandb_runs
 
 SMALL = ["tracker=wandb", "intervention.n_prompts=4", "intervention.n_controls=2"]
 SMALL += ["intervention.n_curve_controls=1", "intervention.n_choice_prompts=4"]
 SMALL += ["intervention.max_new_tokens=6", "analyzer.n_bootstrap=10", "analyzer.scores=false"]
 SMALL += ["analyzer.n_background=300", "dataset.n_examples=40", "hydra.sweep.dir=sweep"]
+SMALL += ["intervention.n_neutral=2", FEW_NEUTRAL]
 GRID = list(itertools.product((1, 2), (256, 512), (0.3, 0.6)))
 
 
