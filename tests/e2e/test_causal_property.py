@@ -111,7 +111,7 @@ def table_of(scenario: Scenario) -> list[dict[str, Any]]:
         return [WORDS[i] for i in rng.integers(len(WORDS), size=n)]
 
     rows: list[dict[str, Any]] = []
-    for number in range(14):
+    for number in range(20):
         n = int(rng.choice([1, 2, 3, 5, 8, 13, 30, 60]))
         entity = ENTITIES[int(rng.integers(len(ENTITIES)))]
         text = " ".join([*words(n // 2), entity, *words(n - n // 2 - 1)])

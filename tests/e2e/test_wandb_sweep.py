@@ -253,9 +253,8 @@ def test_a_view_and_with_it_a_report_are_saved_in_the_project(
     assert saved == [(kind, 5, about) for kind in ("view", "view", "report")]
 
 
-@pytest.mark.usefixtures("swept")
-@pytest.mark.parametrize("name", ["grid", "bayes"])
-def test_the_agents_command_runs_and_logs_the_objective(folder: Path, name: str) -> None:
+def agents_command(name: str) -> tuple[dict[str, Any], list[str]]:
+    """The configuration of a sweep, and the command that `wandb agent` types for a run."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     sweep = yaml.safe_load((conf_folder() / f"wandb_sweeps/{name}.yaml").read_text("utf-8"))
@@ -265,14 +264,29 @@ def test_the_agents_command_runs_and_logs_the_objective(folder: Path, name: str)
     parts = create_sweep_command(sweep["command"])
     words = [w for part in parts for w in (args.get(str(part)[2:-1]) or [part])]
     assert words[-3:] == ["layer=2", "width=256", "coefficient=0.6"]
-    start = words.index("-m")
-    env = {"WANDB_MODE": "offline", "WANDB_SWEEP_ID": "faked", "WANDB_RUN_ID": f"of{name}"}
+    return sweep, words[words.index("-m") :]
+
+
+def test_the_sweeps_differ_in_their_method_alone_and_runs_log_their_objective(
+    runs: list[dict[str, Any]],
+) -> None:
+    (grid, typed), (bayes, same) = map(agents_command, ("grid", "bayes"))
+    assert typed == same
+    assert (grid["method"], bayes["method"]) == ("grid", "bayes")
+    for sweep in (grid, bayes):
+        assert all(sweep["metric"]["name"] in run["summary"] for run in runs)
+
+
+@pytest.mark.usefixtures("swept")
+def test_the_agents_command_runs_and_logs_the_objective(folder: Path) -> None:
+    sweep, words = agents_command("bayes")
+    env = {"WANDB_MODE": "offline", "WANDB_SWEEP_ID": "faked", "WANDB_RUN_ID": "ofbayes"}
     small = [w for w in SMALL if not w.startswith("hydra")]
     process = interpreters.run(
-        [*words[start:], *small, f"hydra.run.dir={name}"], folder, {**os.environ, **env}
+        [*words, *small, "hydra.run.dir=bayes"], folder, {**os.environ, **env}
     )
     assert process.returncode == 0, process.stderr[-2000:]
-    (run,) = wandb_runs(folder / name)
-    assert run["id"] == f"of{name}"
+    (run,) = wandb_runs(folder / "bayes")
+    assert run["id"] == "ofbayes"
     assert run["name"] == "tiny · tiny · layer 2 · width 256 · coefficient 0.6"
     assert sweep["metric"]["name"] in run["summary"]
