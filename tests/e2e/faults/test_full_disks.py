@@ -37,7 +37,7 @@ TASKS = {
         "sae_trainer.batch_size=256",
         *SMALL,
     ),
-    "sweep": ("-m", "layer=1,2", "analyzer=stats", "intervention=none", *SMALL),
+    "sweep": ("-m", "task=collect", "layer=1,2", *SMALL),
 }
 N_SIZES = 3
 ROOM = 64 * 1024
