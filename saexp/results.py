@@ -317,3 +317,51 @@ class Result:
         result = Result(dict(self.metrics), dict(self.tables), dict(self.figures), [*self.notes])
         result.merge(other)
         return result
+
+
+SAE_CHECK_HEAD = ["hookpoint", "quantity", "measured", "expected", "tolerance", "verdict"]
+
+
+def sae_check_rows(table: "pd.DataFrame | None") -> list[list[Any]]:
+    """Rows of check.parquet for reading; none if the run did not check its SAE."""
+    if table is None:
+        return []
+    rows = []
+    for row, is_known in zip(table.to_dict("records"), table["expected"].notna(), strict=True):
+        is_alternative = row["verdict"] == "other reading"
+        expected = "" if is_alternative else "unknown"
+        if is_known:
+            expected = row["expected"]
+        measured = [row["hookpoint"], row["quantity"], row["here"]]
+        rows.append([*measured, expected, row["tolerance"], row["verdict"]])
+    return rows
+
+
+def provenance_rows(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How a run was made, from its provenance.json, as (name, value)."""
+    model, machine = about["model"], about["machine"]
+    rows = [
+        ("command", about["command"]),
+        ("started", about["started"]),
+        ("model", f"{model['name']} (revision {model.get('revision') or 'default'})"),
+        ("model weights", model["fingerprint"]),
+    ]
+    if "dtype" in model:
+        rows.append(("model dtype", f"{model['dtype']} ({model['dtype_source']})"))
+    if "sae" in about:
+        sae = about["sae"]
+        rows += [
+            ("SAE", f"{sae.get('name')} ({sae.get('architecture')}, d_sae {sae['d_sae']})"),
+            ("SAE weights", str(sae.get("fingerprint"))),
+        ]
+    if "store" in about:
+        rows.append(("activation store", about["store"]["key"]))
+    if "labels" in about:
+        rows.append(("labels", about["labels"]["key"]))
+    return [
+        *rows,
+        ("seed", str(about["seed"])),
+        ("machine", f"{machine['system']}, {machine['cores']} cores, {machine['device']}"),
+        ("seconds", ", ".join(f"{k} {v:.1f} s" for k, v in about["seconds"].items())),
+        ("versions", ", ".join(f"{k} {v}" for k, v in about["versions"].items())),
+    ]

@@ -28,34 +28,18 @@ SMALL = (
 )
 RUN = {
     "python -m saexp": SMALL,
-    "python -m saexp intervention=clamp 'coefficient=[0,1,1.5]'": SMALL,
-    "python -m saexp model=tiny_control": SMALL,
     "python -m saexp task=collect 'layer=[0,1,2]' 'task.streams=[resid_post,mlp_out]'": SMALL,
-    "python -m saexp experiment=memorization intervention=none layer=3": SMALL,
     "python -m saexp task=cache": "tracker=none",
     "python -m saexp task=cache task.action=verify": "tracker=none",
     "python -m saexp task=cache task.action=prune task.max_size=20GB "
     "task.max_age=30d": "tracker=none",
-    "python -m saexp intervention=steer 'coefficient=[0,0.3,0.6]' "
-    "'intervention.directions=[latents,mean_difference]'": SMALL,
-    "python -m saexp intervention=ablate "
-    "'intervention.outcomes=[refusal,accuracy,answer_logit,neutral_kl]'": SMALL,
-    "python -m saexp intervention=ablate layer=2 'intervention.outcomes=[refusal,answer_logit]'": (
-        SMALL
-    ),
     "python -m saexp intervention=patch intervention.layers=all "
     "'intervention.streams=[resid_post,attn_out]'": SMALL,
-    "python -m saexp intervention=orthogonalize intervention.embedding=true": SMALL,
     "python -m saexp task=evaluate 'layer=[1,2,3]'": (
         "tracker=none task.n_texts=16 task.n_bootstrap=10"
     ),
-    "python -m saexp task=dashboard task.latents=top:20": SMALL,
-    "python -m saexp analyzer=capability intervention=none dataset=ioi positions=last": SMALL,
     "python -m saexp analyzer=top_features intervention=none 'layer=[1,2]' dataset=text "
     "'dataset.text=\"The player Fenlet Baszad\"' positions=all": SMALL,
-    "python -m saexp analyzer=stats intervention=none experiment=memorization layer=3": SMALL,
-    "python -m saexp analyzer=probe intervention=none": SMALL,
-    "python -m saexp task=label": "tracker=none dataset.n_examples=6 task.n_samples=3",
     "python -m saexp task=label dataset=memorization": "tracker=none",
     "python -m saexp task=train layer=2 width=512 sae_trainer=topk sae_trainer.n_samples=400000 "
     "dataset=text dataset.path=saexp/assets/tiny/background.txt": (
@@ -74,12 +58,38 @@ _GEMMA, _GPT2, _LLAMA, _PYTHIA, _SMOLLM2 = (
     f"tests/e2e/real_models/test_{name}.py::"
     for name in ("gemma", "gpt2", "llama", "pythia", "smollm2")
 )
+_MODES = (
+    "tests/e2e/test_interventions.py::"
+    "test_every_mode_has_effects_controls_a_report_its_identity_and_leaves_the_weights"
+)
 ELSEWHERE = {
+    "python -m saexp intervention=clamp 'coefficient=[0,1,1.5]'": _MODES,
+    "python -m saexp model=tiny_control": (
+        "tests/e2e/test_inference.py::test_the_negative_control_model_claims_nothing"
+    ),
+    "python -m saexp experiment=memorization intervention=none layer=3": _STUDY,
+    "python -m saexp intervention=steer 'coefficient=[0,0.3,0.6]' "
+    "'intervention.directions=[latents,mean_difference]'": _MODES,
+    "python -m saexp intervention=ablate "
+    "'intervention.outcomes=[refusal,accuracy,answer_logit,neutral_kl]'": _STUDY,
+    "python -m saexp intervention=ablate layer=2 'intervention.outcomes=[refusal,answer_logit]'": (
+        _STUDY
+    ),
+    "python -m saexp intervention=orthogonalize intervention.embedding=true": _MODES,
+    "python -m saexp task=dashboard task.latents=top:20": _STUDY,
+    "python -m saexp analyzer=capability intervention=none dataset=ioi positions=last": _STUDY,
+    "python -m saexp analyzer=stats intervention=none experiment=memorization layer=3": _STUDY,
+    "python -m saexp analyzer=probe intervention=none": (
+        "tests/e2e/test_describe.py::test_files_and_metrics"
+    ),
+    "python -m saexp task=label": (
+        "tests/e2e/test_label.py::test_the_shipped_model_knows_what_it_was_trained_on"
+    ),
     "python -m saexp model=gemma2b sae=gemmascope layer=12": (
         "tests/e2e/test_mission.py::test_the_missions_own_command"
     ),
     "python -m saexp -m layer=0,1,2 coefficient=0,0.6": (
-        "tests/e2e/test_run.py::test_a_sweep_goes_on_past_a_failing_cell"
+        "tests/e2e/test_shared.py::test_a_sweep_over_coefficients_encodes_each_text_set_once"
     ),
     "python -m saexp -m task=train layer=1,3 width=256 sae_trainer=topk,batchtopk,jumprelu": (
         "tests/e2e/test_train.py::test_all_variants_come_from_one_collection"
@@ -88,7 +98,8 @@ ELSEWHERE = {
         "tests/e2e/test_sweep.py::test_the_table_is_what_the_cells_folders_hold"
     ),
     "python -m saexp -m hydra/launcher=joblib hydra.launcher.n_jobs=4 layer=0,1,2,3,4": (
-        "tests/e2e/test_sweep.py::test_joblib_finds_what_the_basic_launcher_finds"
+        "tests/e2e/faults/test_signals.py::"
+        "test_a_stopped_joblib_sweep_leaves_no_worker_and_finished_cells_as_the_basic_launcher_s"
     ),
     "python -m saexp -m task=collect 'layer=[9,20,31]' 'task.shard=range(0,8)' task.n_shards=8 "
     "hydra/launcher=joblib hydra.launcher.n_jobs=8": (

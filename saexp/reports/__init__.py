@@ -16,7 +16,8 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from saexp.files import RUN_FOLDER, write_text
-from saexp.reports.saved_run import SavedRun, provenance_rows
+from saexp.reports.saved_run import SavedRun
+from saexp.results import provenance_rows
 
 TEMPLATES = Path(__file__).parent / "templates"
 N_ROWS = 200
@@ -492,7 +493,7 @@ def write_run_page(
         figures,
         notes=run.provenance["notes"],
         skips=run.provenance["skips"],
-        provenance=provenance_rows(run),
+        provenance=provenance_rows(run.provenance),
         config=run.config_text,
         **content,
     )

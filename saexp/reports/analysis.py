@@ -33,9 +33,9 @@ from saexp.reports.findings import (
     presumed_knowledge,
 )
 from saexp.reports.latents import STATS, TOP_FEATURES
-from saexp.reports.saved_run import SAE_CHECK_HEAD, SavedRun, sae_check_rows
+from saexp.reports.saved_run import SavedRun
 from saexp.reports.training import training_sentence
-from saexp.results import model_title, model_words, sae_words
+from saexp.results import SAE_CHECK_HEAD, model_title, model_words, sae_check_rows, sae_words
 
 FIGURES = "figures.json"
 """File with the figures that a custom analyzer made, by name."""
@@ -254,7 +254,7 @@ def write_report(
         tile_groups=_tile_groups(run),
         layers=_layer_table(run),
         fit_head=SAE_CHECK_HEAD,
-        fit=sae_check_rows(run),
+        fit=sae_check_rows(run.table("check")),
         sections=page.sections(run),
         is_contrast=page is CONTRAST,
         **effect_content(run),

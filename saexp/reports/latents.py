@@ -30,13 +30,8 @@ from saexp.reports import (
     style,
     translucent,
 )
-from saexp.reports.saved_run import (
-    SAE_CHECK_HEAD,
-    SavedRun,
-    provenance_rows,
-    sae_check_rows,
-)
-from saexp.results import model_title
+from saexp.reports.saved_run import SavedRun
+from saexp.results import SAE_CHECK_HEAD, model_title, provenance_rows, sae_check_rows
 
 # analyzer=stats
 
@@ -485,8 +480,8 @@ def write_dashboard(folder: str | Path) -> Path:
             # '<' is escaped so that no text can end the script.
             data=json.dumps(content, ensure_ascii=False).replace("<", "\\u003c"),
             fit_head=SAE_CHECK_HEAD,
-            fit=sae_check_rows(run),
-            provenance=provenance_rows(run),
+            fit=sae_check_rows(run.table("check")),
+            provenance=provenance_rows(run.provenance),
             config=run.config_text,
         )
     )

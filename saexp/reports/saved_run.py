@@ -32,7 +32,6 @@ from saexp.errors import ConfigError, StoreError, brief
 from saexp.results import model_words, read_plan
 
 PROVENANCE = "provenance.json"
-SAE_CHECK_HEAD = ["hookpoint", "quantity", "measured", "expected", "tolerance", "verdict"]
 _AGAIN = "run its command again, which recomputes what is damaged"
 
 
@@ -224,8 +223,7 @@ class SavedRun:
 
     def selected(self, direction: str) -> pd.DataFrame:
         """Selected latents of a direction, best first."""
-        table = self.latents
-        if table is None:
+        if (table := self.latents) is None:
             return pd.DataFrame()
         rows = table[table["selected"] & (table["direction"] == direction)]
         return rows.sort_values("rank", kind="stable")
@@ -248,53 +246,6 @@ class SavedRun:
         assert summary is not None
         chosen = summary[(summary["condition"] == condition) & summary["chosen"]]
         return float(chosen["coefficient"].iloc[0]) if len(chosen) else None
-
-
-def sae_check_rows(run: SavedRun) -> list[list[Any]]:
-    """Rows of check.parquet for reading; none if the run did not check its SAE."""
-    table = run.table("check")
-    if table is None:
-        return []
-    rows = []
-    for row in table.to_dict("records"):
-        is_alternative = row["verdict"] == "other reading"
-        expected = "" if is_alternative else "unknown"
-        if pd.notna(row["expected"]):
-            expected = row["expected"]
-        measured = [row["hookpoint"], row["quantity"], row["here"]]
-        rows.append([*measured, expected, row["tolerance"], row["verdict"]])
-    return rows
-
-
-def provenance_rows(run: SavedRun) -> list[tuple[str, str]]:
-    """How the run was made, as (name, value)."""
-    about = run.provenance
-    model, machine = about["model"], about["machine"]
-    rows = [
-        ("command", about["command"]),
-        ("started", about["started"]),
-        ("model", f"{model['name']} (revision {model.get('revision') or 'default'})"),
-        ("model weights", model["fingerprint"]),
-    ]
-    if "dtype" in model:
-        rows.append(("model dtype", f"{model['dtype']} ({model['dtype_source']})"))
-    if "sae" in about:
-        sae = about["sae"]
-        rows += [
-            ("SAE", f"{sae.get('name')} ({sae.get('architecture')}, d_sae {sae['d_sae']})"),
-            ("SAE weights", str(sae.get("fingerprint"))),
-        ]
-    if "store" in about:
-        rows.append(("activation store", about["store"]["key"]))
-    if "labels" in about:
-        rows.append(("labels", about["labels"]["key"]))
-    return [
-        *rows,
-        ("seed", str(about["seed"])),
-        ("machine", f"{machine['system']}, {machine['cores']} cores, {machine['device']}"),
-        ("seconds", ", ".join(f"{k} {v:.1f} s" for k, v in about["seconds"].items())),
-        ("versions", ", ".join(f"{k} {v}" for k, v in about["versions"].items())),
-    ]
 
 
 STATES = ("finished", "failed", "damaged", "stopped", "not run")

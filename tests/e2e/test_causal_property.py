@@ -63,7 +63,6 @@ def _chat(before: str = "", trim: str = "") -> str:
 
 
 SCENARIOS = [
-    Scenario("base with BOS", "llama", "<bos> $A", "last"),
     Scenario("base without BOS", "gpt2", "$A", "all", padding="left", file="csv", seed=1),
     Scenario("EOS appended", "llama", "<bos> $A <eos>", "last", batch_tokens=64, seed=2),
     Scenario("EOS alone appended", "gpt_neox", "$A <eos>", "entity_last", file="csv", seed=3),
@@ -88,16 +87,6 @@ SCENARIOS = [
         padding="left",
         file="csv",
         seed=7,
-    ),
-    Scenario(
-        "chat that trims, EOS appended",
-        "gpt2",
-        "$A <eos>",
-        "all",
-        template=_chat(SYSTEM, " | trim"),
-        before=SYSTEM + "user: ",
-        seed=8,
-        trims=True,
     ),
     Scenario(
         "chat, entity to end",

@@ -272,7 +272,7 @@ def test_the_command_line_tells_the_finding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["experiment=prompt_features", "tracker=none", "device=cpu"]
+    words = ["experiment=prompt_features", "tracker=none", "analyzer.n_background=200", FEW_NEUTRAL]
     monkeypatch.setattr(sys, "argv", ["saexp", *words])
     main()
     said = capsys.readouterr().out

@@ -6,10 +6,16 @@ from pathlib import Path
 import pytest
 
 from saexp.sweeps.passes import RATES, _read_rates
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import Said, command, table_of
 
 SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "dataset.n_examples=20"]
-SMALL += ["analyzer.n_background=200", "analyzer.scores=false", "hydra.sweep.dir=sweep"]
+SMALL += [
+    "analyzer.n_background=200",
+    "analyzer.scores=false",
+    "hydra.sweep.dir=sweep",
+    FEW_NEUTRAL,
+]
 GRID = ["-m", "layer=0,2", "width=256,512", *SMALL]
 STORES = "outputs/cache/activations"
 

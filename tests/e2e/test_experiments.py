@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import saexp
 from saexp.cli import main
 from tests.shipped_texts import FEW_NEUTRAL
 
@@ -26,7 +27,7 @@ SMALL = (
     "intervention.n_controls=1 intervention.max_new_tokens=4 intervention.top_k=1 "
     f"intervention.n_neutral=2 dataset.n_examples=60 analyzer.n_background=200 {FEW_NEUTRAL}"
 )
-LAYERS = "1,2"
+LAYERS = "2"
 """Of the studies' sweeps, instead of all five."""
 OVERLAY = {
     "entity_recognition": SMALL,
@@ -83,6 +84,8 @@ def test_every_command_of_a_study_runs(
 
 def test_the_notebook_runs_cell_by_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    compose, small = saexp.compose, OVERLAY["prompt_features"].split()
+    monkeypatch.setattr(saexp, "compose", lambda words: compose([*words, *small]))
     file = ROOT / "experiments/prompt_features/prompt_features.ipynb"
     cells = json.loads(file.read_text("utf-8"))["cells"]
     assert len(cells) == 10

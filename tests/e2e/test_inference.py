@@ -23,8 +23,8 @@ QUICK += ["intervention.n_choice_prompts=10", "intervention.n_curve_controls=4"]
 QUICK += ["intervention.n_neutral=4"]
 QUICK += ["intervention.max_new_tokens=12", "analyzer.n_bootstrap=0"]
 QUICK += ["analyzer.n_background=1000", "analyzer.scores=false"]
-FEWER = ["intervention.n_prompts=20", "intervention.n_choice_prompts=15"]
-FEWER += ["intervention.max_new_tokens=16"]
+FEWER = ["intervention.n_prompts=14", "intervention.n_choice_prompts=12"]
+FEWER += ["intervention.max_new_tokens=12"]
 """The default's conditions, coefficients and controls on fewer prompts, with shorter answers."""
 OBJECTS = ObjectCache()
 """Shared by the runs of this file, as by the cells of a sweep (see test_shared.py)."""
@@ -154,13 +154,13 @@ def test_placebo_latents_pass_no_more_often_than_the_nominal_rate(
     """Active latents that the contrast did not select, drawn by seed, each in a run of its own."""
     table = default.tables["latents"]
     drawn_from = table[~table["selected"] & (table["freq_known"] + table["freq_unknown"] > 0)]
-    latents = np.random.default_rng(18).choice(drawn_from["latent"].to_numpy(), 5, replace=False)
+    latents = np.random.default_rng(18).choice(drawn_from["latent"].to_numpy(), 3, replace=False)
     tested = passed = 0
     for latent in latents.tolist():
         words = [f"intervention.latents=[{latent}]", *QUICK]
         rows = main_rows(run(cache, tmp_path / f"run_{latent}", *words))
         tested += len(rows) > 0
         passed += bool((rows["refusal_p_controls_holm"] <= ALPHA).any())
-    assert tested >= 4
-    # P(2 or more of 5) is 0.023 at the nominal rate.
+    assert tested == 3
+    # P(2 or more of 3) is 0.007 at the nominal rate.
     assert passed <= 1

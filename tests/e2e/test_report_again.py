@@ -6,10 +6,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import Said, assert_links_lead_to_reports, command, page_of, table_of
 
 SMALL = ["tracker=none", "cache_dir=cache", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
-SMALL += ["analyzer.n_background=200", "analyzer.scores=false", "intervention=none"]
+SMALL += ["analyzer.n_background=200", "analyzer.scores=false", "intervention=none", FEW_NEUTRAL]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_the_page_of_every_task_is_equal(folder: Path, task: str) -> None:
         "analyze": ["intervention=ablate", "intervention.n_prompts=4", "intervention.n_controls=1"],
     }[task]
     small = ["tracker=none", "cache_dir=cache", "dataset.n_examples=20", "layer=2"]
-    small += ["analyzer.n_bootstrap=0", "analyzer.n_background=200"]
+    small += ["analyzer.n_bootstrap=0", "analyzer.n_background=200", FEW_NEUTRAL]
     if task == "analyze":
         words += ["intervention.max_new_tokens=3", "intervention.n_choice_prompts=2"]
     said = command(folder, f"task={task}", *small, *words, f"hydra.run.dir={task}")

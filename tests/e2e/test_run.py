@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 
 import saexp
-from saexp.cli import main
 from saexp.results import Result
 from tests.shipped_texts import FEW_NEUTRAL
 
@@ -192,33 +191,6 @@ def test_real_entities_serve_any_other_model(tmp_path: Path) -> None:
     rows = result.tables["rows"]
     assert set(rows["group"]) == {"known", "unknown"}
     assert set(rows["entity_type"]) == {"player", "movie", "city", "song"}
-
-
-def test_a_sweep_goes_on_past_a_failing_cell(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    words = ["-m", "layer=9,1", "coefficient=0,4", "tracker=none", "intervention.n_prompts=4"]
-    words += ["intervention.n_controls=1", "intervention.max_new_tokens=3"]
-    words += ["intervention.n_choice_prompts=2", "intervention.top_k=1", "intervention.n_neutral=2"]
-    words += [
-        "analyzer.n_bootstrap=0",
-        "dataset.n_examples=40",
-        "analyzer.n_background=300",
-        FEW_NEUTRAL,
-    ]
-    monkeypatch.setattr(sys, "argv", ["saexp", *words])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 1
-    said = capsys.readouterr().err
-    assert "layer=9 is out of range: tiny has layers 0-4; try layer=4" in said
-    assert "Traceback" not in said
-    cells = sorted(c for c in (tmp_path / "outputs/sweeps").glob("*/*/*_*") if c.is_dir())
-    assert len(cells) == 4
-    reported = [c.name for c in cells if (c / "report.html").is_file()]
-    assert len(reported) == 2
-    assert all("layer=9" not in name for name in reported)
 
 
 def test_help_needs_no_torch() -> None:

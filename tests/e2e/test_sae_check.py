@@ -21,7 +21,7 @@ SHIPPED = ASSETS / "tiny/sae/layer_2/width_256"
 FIXED = [
     "tracker=none",
     "intervention=none",
-    "analyzer.n_bootstrap=0",
+    "analyzer=stats",
     "dataset.n_examples=40",
     FEW_NEUTRAL,
 ]
@@ -64,7 +64,7 @@ def altered(tmp_path):
 
 
 def test_fitting_saes_get_no_remark(notes):
-    remarks, metrics = notes("analyzer=stats", "layer=[0,1,2,3,4]")
+    remarks, metrics = notes("layer=[0,1,2,3,4]")
     assert remarks == []
     assert all(metrics[f"check/explained_variance_layer_{n}"] > 0.8 for n in range(5))
 

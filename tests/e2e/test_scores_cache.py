@@ -18,9 +18,9 @@ from saexp.latents import Latents
 from saexp.models.loading import LanguageModel
 from saexp.pipeline import validation
 
-ASSETS = Path(saexp.__file__).parent / "assets" / "tiny"
+NEUTRAL = Path(__file__).parents[1] / "neutral_texts.txt"
 SMALL = ["tracker=none", "intervention=none", "dataset.n_examples=40", "analyzer.n_bootstrap=0"]
-SMALL += ["analyzer.n_background=4000", "sae.check=off", "analyzer.background_max=1"]
+SMALL += ["analyzer.n_background=1000", "sae.check=off", "analyzer.background_max=1"]
 COLUMNS = ["input_score", "output_score"]
 
 
@@ -79,7 +79,7 @@ def same_lengths(folder: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    shutil.copy(ASSETS / "background.txt", tmp_path)
+    shutil.copy(NEUTRAL, tmp_path / "background.txt")
     return tmp_path
 
 
@@ -87,7 +87,7 @@ def folder(tmp_path: Path) -> Path:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cache of a run with all scores; tests work on copies."""
     folder = tmp_path_factory.mktemp("scored")
-    shutil.copy(ASSETS / "background.txt", folder)
+    shutil.copy(NEUTRAL, folder / "background.txt")
     assert scores(folder, folder / "cache", "layer=2")["input_score"].notna().any()
     return folder / "cache"
 

@@ -1,32 +1,23 @@
 """`hydra/sweeper=saexp_optuna` finds the best cell of a grid, and continues after it was killed."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests import interpreters
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import command, table_of
 
 optuna = pytest.importorskip("optuna")
 
 CELL = ["tracker=none", "analyzer.n_bootstrap=0", "analyzer.n_background=200"]
-CELL += ["analyzer.scores=false", "dataset.n_examples=40"]
-STEERED = ["intervention.n_prompts=8", "intervention.n_choice_prompts=4", "intervention.top_k=1"]
-STEERED += [
-    "intervention.n_controls=1",
-    "intervention.max_new_tokens=8",
-    "intervention.n_neutral=2",
-]
+CELL += ["analyzer.scores=false", "dataset.n_examples=40", FEW_NEUTRAL]
 SEARCH = ["-m", "hydra/sweeper=saexp_optuna"]
-OBJECTIVE = "effect/refusal/unknown_top1"
-GRID = ["layer=0,1,2,3,4", "coefficient=0,0.2,0.4,0.6"]
-AUROC = ["objective=contrast/best_auroc_unknown_test", "intervention=none", *CELL]
-AUROC += ["layer=0,1,2,3,4", "width=256,512", "hydra.sweep.dir=sweep"]
+OBJECTIVE = "contrast/best_auroc_unknown_test"
+GRID = ["intervention=none", "layer=1,2,3", "width=256,512", *CELL, "hydra.sweep.dir=sweep"]
+AUROC = [f"objective={OBJECTIVE}", *GRID]
 
 
 def trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
@@ -35,37 +26,36 @@ def trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
 
 
 def test_twelve_trials_find_the_best_cell_of_the_grid(tmp_path: Path) -> None:
-    grid = command(tmp_path, "-m", *GRID, *CELL, *STEERED, "hydra.sweep.dir=grid")
+    """Cells that the grid has run are reused."""
+    words = [*GRID, "layer=0,1,2,3,4", "positions=entity_last,middle"]
+    keys = ["layer", "width", "positions"]
+    grid = command(tmp_path, "-m", *words, "hydra.sweep.dir=grid")
     assert grid.code == 0, grid.err[-2000:]
-    oracle = table_of(tmp_path / "grid")[OBJECTIVE]
+    oracle = table_of(tmp_path / "grid").set_index(keys)[OBJECTIVE]
     assert len(oracle) == 20
-    assert oracle.nunique() > 1
-    words = [*SEARCH, "hydra.sweeper.n_trials=12", f"objective={OBJECTIVE}", *GRID]
-    said = command(tmp_path, *words, *CELL, *STEERED, "hydra.sweep.dir=sweep")
-    assert said.code == 0, said.err[-2000:]
+    assert (oracle == oracle.max()).sum() <= 2
+    objective = [f"objective={OBJECTIVE}", "hydra.sweeper.n_trials=12"]
+    search = command(tmp_path, *SEARCH, *objective, *words)
+    assert search.code == 0, search.err[-2000:]
     table = table_of(tmp_path / "sweep")
-    assert len(table) == len(table.drop_duplicates(["layer", "coefficient"])) == 12
-    assert set(table["status"]) == {"finished"}
-    assert table[OBJECTIVE].max() == oracle.max()
-    values = [t.value for t in trials(tmp_path) if t.value is not None]
-    assert max(values) == oracle.max()
-    best = table.loc[table[OBJECTIVE].idxmax()]
-    assert (
-        f"Of 12 cells of the search, cell {best['cell']} has the largest {OBJECTIVE}: " in said.out
-    )
-    assert best["coefficient"] > 0
-    assert table.loc[table["is_best"], "cell"].tolist() == [best["cell"]]
+    assert table["status"].tolist() == ["finished"] * 12
+    values = table.set_index(keys)[OBJECTIVE]
+    assert values.index.is_unique
+    assert values.equals(oracle.loc[values.index])
+    # A trial that asks for a cell again is given its value.
+    assert {t.value for t in trials(tmp_path) if t.value is not None} == {*values}
+    assert values.max() == oracle.max()
+    best = int(table.loc[table[OBJECTIVE].idxmax(), "cell"])
+    sentence = f"Of 12 cells of the search, cell {best} has the largest {OBJECTIVE}: "
+    assert sentence in search.out, search.out
+    assert table.loc[table["is_best"], "cell"].tolist() == [best]
     plan = json.loads((tmp_path / "sweep/plan.json").read_text())
-    assert plan["search"]["best"]["cell"] == best["cell"]
+    assert plan["search"]["best"]["cell"] == best
     assert plan["search"]["best"]["value"] == oracle.max()
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:
-    # Files, as nobody reads a pipe before the process is killed.
-    with (folder / "log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "saexp", *words], cwd=folder, stdout=log, stderr=log
-        )
+def start(folder: Path, *words: str) -> interpreters.Process:
+    return interpreters.Process(["-m", "saexp", *words], folder)
 
 
 def finished(folder: Path) -> list[Path]:
@@ -74,25 +64,25 @@ def finished(folder: Path) -> list[Path]:
 
 
 def test_a_killed_search_continues_with_the_cell_that_was_running(tmp_path: Path) -> None:
-    words = [*SEARCH, "hydra.sweeper.n_trials=5", *AUROC]
+    words = [*SEARCH, "hydra.sweeper.n_trials=4", *AUROC]
     process = start(tmp_path, *words)
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "sweep").glob("2_*/.hydra"))) == 0:
-        assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
+        assert process.poll() is None, process.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     before = {p.name: (p / "metrics.json").stat().st_mtime_ns for p in finished(tmp_path)}
     running = [t for t in trials(tmp_path) if t.state == optuna.trial.TrialState.RUNNING]
     assert len(running) == 1
     assert len(before) == 2
     again = start(tmp_path, *words)
-    assert again.wait(240) == 0, (tmp_path / "log").read_text()[-2000:]
+    assert again.wait(240) == 0, again.read()
     table = table_of(tmp_path / "sweep")
-    assert list(table["cell"]) == [0, 1, 2, 3, 4]
+    assert list(table["cell"]) == [0, 1, 2, 3]
     assert set(table["status"]) == {"finished"}
-    assert len(table.drop_duplicates(["layer", "width"])) == 5
+    assert len(table.drop_duplicates(["layer", "width"])) == 4
     after = {p.name: (p / "metrics.json").stat().st_mtime_ns for p in finished(tmp_path)}
     assert before.items() <= after.items()
     states = {t.number: t.state for t in trials(tmp_path)}
@@ -102,13 +92,13 @@ def test_a_killed_search_continues_with_the_cell_that_was_running(tmp_path: Path
     assert (table["collection/tokens_forwarded"] > 0).sum() <= 1
     plan = json.loads((tmp_path / "sweep/plan.json").read_text())
     (together,) = plan["passes"].values()
-    assert all([layer, None] in together for layer in range(5))
+    assert all([layer, None] in together for layer in (1, 2, 3))
     # More trials of the same search continue it; another search does not.
     more = command(tmp_path, *SEARCH, "hydra.sweeper.n_trials=20", *AUROC)
     assert more.code == 0, more.err[-2000:]
-    assert "all 10 cells of the search have been run" in more.out
-    assert len(table_of(tmp_path / "sweep")) == 10
-    other = command(tmp_path, *SEARCH, *AUROC, "layer=0,1")
+    assert "all 6 cells of the search have been run" in more.out
+    assert len(table_of(tmp_path / "sweep")) == 6
+    other = command(tmp_path, *SEARCH, *AUROC, "layer=1,2")
     assert other.code == 1
     assert "is the study of another search" in other.err.splitlines()[-1]
 
@@ -163,14 +153,14 @@ def test_a_search_typed_again_runs_the_cells_that_failed(tmp_path: Path) -> None
 def test_a_plan_of_a_search_says_how_many_of_the_cells_it_runs(tmp_path: Path) -> None:
     said = command(tmp_path, *SEARCH, "hydra.sweeper.n_trials=3", *AUROC, "sweep.dry_run=true")
     assert said.code == 0, said.err
-    assert "dry run: 10 cells, 10 to run" in said.out
+    assert "dry run: 6 cells, 6 to run" in said.out
     assert "a search runs at most 3 of these cells" in said.out
     assert "  3 cells of analyze/contrast/none: " in said.out
     assert not (tmp_path / "sweep").exists()
 
 
 def test_an_interval_of_whole_numbers_ends_when_all_were_visited(tmp_path: Path) -> None:
-    words = ["objective=contrast/best_auroc_unknown_test", "intervention=none", *CELL]
+    words = [AUROC[0], "intervention=none", *CELL]
     words += ["layer=int(interval(1,2))", "hydra.sweeper.n_trials=9", "hydra.sweep.dir=sweep"]
     said = command(tmp_path, *SEARCH, *words)
     assert said.code == 0, said.err[-2000:]

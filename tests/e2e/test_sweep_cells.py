@@ -1,6 +1,5 @@
 """Sweeps whose cells need more than their layer says, fail early, or differ in other keys."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from saexp.models.resolution import ASSETS
 from saexp.reports.sweep import findings
 from saexp.sweeps.passes import passes
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.left import command, table_of, wandb_runs
+from tests.unit.reports.left import command, table_of
 
 SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0"]
 SMALL += [
@@ -67,22 +66,6 @@ def test_layers_whose_latents_an_intervention_changes_are_planned() -> None:
     assert [h[0] for h in planned(every)] == list(range(5))
     named = ["layer=2", "intervention=clamp", "intervention.values=[1,1]"]
     assert [h[0] for h in planned([*named, "intervention.latents={0:[3],4:[5]}"])] == [0, 2, 4]
-
-
-def test_a_cell_that_cannot_begin_is_a_failed_run_in_wandb_too(tmp_path: Path) -> None:
-    words = [w for w in SMALL if not w.startswith("tracker")]
-    tracker = ["tracker=wandb", "tracker.mode=offline"]
-    said = command(tmp_path, "-m", "layer=foo,1", *words, *tracker)
-    assert said.code == 1
-    assert table_of(said.sweep)["status"].tolist() == ["failed", "finished"]
-    runs = wandb_runs(tmp_path)
-    assert sorted((r["job_type"], r["exit_code"]) for r in runs) == [
-        ("analyze", 0),
-        ("analyze", 1),
-        ("sweep", 0),
-    ]
-    (group,) = {r["group"] for r in runs}
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d · sweep", group)
 
 
 def test_one_cells_impossible_stream_fails_no_other(tmp_path: Path) -> None:

@@ -93,12 +93,10 @@ def words(corpus: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def two(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in two processes that was not disturbed, by the command that a user types."""
+    """A run in two processes that was not disturbed."""
     folder = tmp_path_factory.mktemp("two")
     before = set(Path(tempfile.gettempdir()).glob("saexp-process-*"))
-    launcher = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    launcher += ["--nproc-per-node=2", "-m", "saexp"]
-    done = interpreters.run([*launcher, *words, *settings_of(folder)])
+    done = in_processes(words, folder)
     assert done.returncode == 0, done.stderr[-2000:]
     # Logged and printed once.
     assert done.stderr.count("] train: ") == done.stdout.count("report: ") == 1
@@ -176,6 +174,17 @@ def test_an_error_of_one_process_is_one_line_and_ends_all(corpus: Path, tmp_path
     done = interrupted([*CORPUS, f"dataset.path={corpus}"], tmp_path, "error")
     lines = [line for line in done.stderr.splitlines() if line.startswith("saexp: ")]
     assert lines == ["saexp: the disk of this process is on fire"], done.stderr[-3000:]
+    assert done.returncode == 1
+
+
+def test_the_command_that_a_user_types_reaches_both_processes(tmp_path: Path) -> None:
+    """Refused in either one, in new interpreters, before they import what a run needs."""
+    launcher = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node=2", "-m", "saexp", "-m", "width=32,64"]
+    done = interpreters.run(launcher, tmp_path)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("saexp: ")]
+    assert len(lines) == 1 and "torchrun started 2" in lines[0], done.stderr[-3000:]
+    assert "type a run without -m" in lines[0]
     assert done.returncode == 1
 
 

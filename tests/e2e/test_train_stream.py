@@ -227,12 +227,11 @@ saexp.run(saexp.compose(sys.argv[4:]), sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("seed", range(2))
 def test_a_pass_that_is_killed_at_any_moment_goes_on_to_the_same_weights(
-    corpus: Path, cache: Path, tmp_path: Path, seed: int
+    corpus: Path, cache: Path, tmp_path: Path
 ) -> None:
-    rng = random.Random(seed)
-    words = ["layer=[1,2]", f"sae_trainer.lr=0.00{seed + 1}"]
+    rng = random.Random(1)
+    words = ["layer=[1,2]", "sae_trainer.lr=0.002"]
     whole = trained(corpus, cache, tmp_path / "whole", *words)
     arguments = [*WORDS, *words, f"cache_dir={cache}", f"dataset.path={corpus}"]
     moment = [str(rng.randrange(30, 76)), f"{rng.uniform(0, 0.2):.3f}"]

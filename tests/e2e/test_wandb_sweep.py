@@ -14,6 +14,7 @@ import yaml
 from saexp.tasks import saved_runs
 from saexp.tasks.saved_runs import PARAMETERS, Panel, keys_of_folder, sections
 from tests import interpreters
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import Said, command, metrics_of, table_of, wandb_runs
 
 SWEEPS = Path(__file__).parents[2] / "experiments/wandb_sweeps"
@@ -21,6 +22,7 @@ SMALL = ["tracker=wandb", "intervention.n_prompts=4", "intervention.n_controls=2
 SMALL += ["intervention.n_curve_controls=1", "intervention.n_choice_prompts=4"]
 SMALL += ["intervention.max_new_tokens=6", "analyzer.n_bootstrap=10", "analyzer.scores=false"]
 SMALL += ["analyzer.n_background=300", "dataset.n_examples=40", "hydra.sweep.dir=sweep"]
+SMALL += ["intervention.n_neutral=2", FEW_NEUTRAL]
 GRID = list(itertools.product((1, 2), (256, 512), (0.3, 0.6)))
 
 
@@ -252,9 +254,8 @@ def test_a_view_and_with_it_a_report_are_saved_in_the_project(
     assert saved == [(kind, 5, about) for kind in ("view", "view", "report")]
 
 
-@pytest.mark.usefixtures("swept")
-@pytest.mark.parametrize("name", ["grid", "bayes"])
-def test_the_agents_command_runs_and_logs_the_objective(folder: Path, name: str) -> None:
+def agents_command(name: str) -> tuple[dict[str, Any], list[str]]:
+    """The configuration of a sweep, and the command that `wandb agent` types for a run."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     sweep = yaml.safe_load((SWEEPS / f"{name}.yaml").read_text("utf-8"))
@@ -264,14 +265,29 @@ def test_the_agents_command_runs_and_logs_the_objective(folder: Path, name: str)
     parts = create_sweep_command(sweep["command"])
     words = [w for part in parts for w in (args.get(str(part)[2:-1]) or [part])]
     assert words[-3:] == ["layer=2", "width=256", "coefficient=0.6"]
-    start = words.index("-m")
-    env = {"WANDB_MODE": "offline", "WANDB_SWEEP_ID": "faked", "WANDB_RUN_ID": f"of{name}"}
+    return sweep, words[words.index("-m") :]
+
+
+def test_the_sweeps_differ_in_their_method_alone_and_runs_log_their_objective(
+    runs: list[dict[str, Any]],
+) -> None:
+    (grid, typed), (bayes, same) = map(agents_command, ("grid", "bayes"))
+    assert typed == same
+    assert (grid["method"], bayes["method"]) == ("grid", "bayes")
+    for sweep in (grid, bayes):
+        assert all(sweep["metric"]["name"] in run["summary"] for run in runs)
+
+
+@pytest.mark.usefixtures("swept")
+def test_the_agents_command_runs_and_logs_the_objective(folder: Path) -> None:
+    sweep, words = agents_command("bayes")
+    env = {"WANDB_MODE": "offline", "WANDB_SWEEP_ID": "faked", "WANDB_RUN_ID": "ofbayes"}
     small = [w for w in SMALL if not w.startswith("hydra")]
     process = interpreters.run(
-        [*words[start:], *small, f"hydra.run.dir={name}"], folder, {**os.environ, **env}
+        [*words, *small, "hydra.run.dir=bayes"], folder, {**os.environ, **env}
     )
     assert process.returncode == 0, process.stderr[-2000:]
-    (run,) = wandb_runs(folder / name)
-    assert run["id"] == f"of{name}"
+    (run,) = wandb_runs(folder / "bayes")
+    assert run["id"] == "ofbayes"
     assert run["name"] == "tiny · tiny · layer 2 · width 256 · coefficient 0.6"
     assert sweep["metric"]["name"] in run["summary"]

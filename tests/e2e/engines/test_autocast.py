@@ -1,6 +1,7 @@
 """Training with matrix products in bfloat16 and float32 weights, and on a device of its own."""
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,14 @@ def reader(step: int) -> Iterator[Tensor]:
         step += 1
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("unused")
+
+
+@cache
 def trained(folder: Path, name: str, device: str = "cpu", **settings: Any) -> Training:
+    """Nothing is written to the folder."""
     cfg = SAETrainerConfig(
         name=name,
         options=OPTIONS[name],
@@ -52,8 +60,8 @@ def trained(folder: Path, name: str, device: str = "cpu", **settings: Any) -> Tr
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_autocast_reaches_the_explained_variance_of_float32(name: str, tmp_path: Path) -> None:
-    full, half = (trained(tmp_path, name, autocast=on) for on in (False, True))
+def test_autocast_reaches_the_explained_variance_of_float32(name: str, folder: Path) -> None:
+    full, half = (trained(folder, name, autocast=on) for on in (False, True))
     ends = [sum(r["train/explained_variance"] for r in t.records[-4:]) / 4 for t in (full, half)]
     assert ends[0] > 0.6
     # Two seeds in float32 differ as much.
@@ -70,7 +78,7 @@ def test_autocast_reaches_the_explained_variance_of_float32(name: str, tmp_path:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_loss_of_a_step_in_autocast_is_that_of_float32_up_to_rounding(
-    name: str, tmp_path: Path
+    name: str, folder: Path
 ) -> None:
     losses = []
     for autocast in (False, True):
@@ -78,7 +86,7 @@ def test_the_loss_of_a_step_in_autocast_is_that_of_float32_up_to_rounding(
             name=name, options=OPTIONS[name], batch_size=BATCH, autocast=autocast
         )
         cfg.normalize_activations = "none"
-        training = Training(cfg, D_SAE, SOURCE, tmp_path, torch.device("cpu"), writable=False)
+        training = Training(cfg, D_SAE, SOURCE, folder, torch.device("cpu"), writable=False)
         output = training.make_step(next(reader(0)))
         assert output.loss.dtype == torch.float32
         losses.append(float(output.loss.detach()))
@@ -87,12 +95,12 @@ def test_the_loss_of_a_step_in_autocast_is_that_of_float32_up_to_rounding(
 
 
 @pytest.mark.parametrize("name", ["topk", "standard"])
-def test_training_in_float32_is_bitwise_that_of_sae_lens(name: str, tmp_path: Path) -> None:
+def test_training_in_float32_is_bitwise_that_of_sae_lens(name: str, folder: Path) -> None:
     from sae_lens.training.sae_trainer import SAETrainer
 
-    ours = trained(tmp_path, name, autocast=False)
+    ours = trained(folder, name, autocast=False)
     cfg = ours.cfg
-    theirs = Training(cfg, D_SAE, SOURCE, tmp_path / "other", torch.device("cpu"), writable=False)
+    theirs = Training(cfg, D_SAE, SOURCE, folder / "other", torch.device("cpu"), writable=False)
     trainer = SAETrainer(theirs.trainer.cfg, theirs.sae, iter(()))
     trainer.activation_scaler.scaling_factor = ours.trainer.activation_scaler.scaling_factor
     batches = reader(0)
@@ -121,9 +129,9 @@ def test_autocast_is_on_where_the_model_is_computed_in_native_bfloat16(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_an_sae_on_another_device_than_its_batches(tmp_path: Path) -> None:
+def test_an_sae_on_another_device_than_its_batches(folder: Path) -> None:
     """The batches are on the CPU."""
-    here, there = (trained(tmp_path, "topk", device, autocast=False) for device in ("cpu", "cuda"))
+    here, there = (trained(folder, "topk", device, autocast=False) for device in ("cpu", "cuda"))
     assert there.sae.W_dec.is_cuda
     ends = [t.records[-1]["train/explained_variance"] for t in (here, there)]
     assert ends[1] == pytest.approx(ends[0], abs=0.01)

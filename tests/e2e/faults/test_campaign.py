@@ -12,7 +12,7 @@ from tests.e2e.faults import injection
 
 ROOT = Path(__file__).parents[3]
 SCRIPTS = ROOT / "experiments" / "validation"
-N_KILLS, N_DAMAGES, N_OTHERS = 3, 4, 1
+N_KILLS, N_DAMAGES, N_OTHERS = 2, 3, 1
 WORKS = ("labels", "collecting", "training")
 """The kinds that take a few seconds; runs with steering and sweeps are killed in test_signals.py,
 test_shared_rows.py and test_sweep.py."""

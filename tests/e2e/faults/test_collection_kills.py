@@ -28,7 +28,7 @@ from tests.unit.activations.collecting import (
 )
 from tests.unit.activations.test_disk import disk as disk  # a fixture
 
-N_KILLS = 16
+N_KILLS = 8
 PASSES = 6
 
 
@@ -86,7 +86,7 @@ def test_kills_at_random_instants_leave_sound_shards_and_a_resume_ends_in_equal_
             assert digests_in(caches[-1]) == expected
             caches.append(tmp_path / str(len(caches)))
     # Otherwise the kills came before or after everything.
-    assert len({n for n in n_listed if 0 < n < n_shard_files(expected)}) > 4
+    assert len({n for n in n_listed if 0 < n < n_shard_files(expected)}) > 2
     for cache in caches:
         store, _ = run_in_shards(load(folder), cache)
         assert digests(store.path) == expected
@@ -100,7 +100,7 @@ def test_no_temporary_file_is_left_after_the_resume_of_a_killed_collection(
     go = server.Event()
     go.set()
     # Within the rows table, the manifest, the first shard's three files, and the manifest again.
-    for kill_at in range(1, 28, 4):
+    for kill_at in range(1, 28, 6):
         cache = tmp_path / str(kill_at)
         process, _ = start(server, child.collect_to_be_killed, folder, cache, kill_at, go)
         assert end(process) == -signal.SIGKILL
@@ -124,13 +124,12 @@ def start_writers(server, folder, tmp_path):
     return begin
 
 
-@pytest.mark.parametrize("n_writers", [2, 4])
 def test_writers_at_once_share_the_work_and_compute_no_shard_twice(
-    undisturbed, start_writers, tmp_path, n_writers
+    undisturbed, start_writers, tmp_path
 ):
     expected, tokens = undisturbed
-    _, writers = start_writers(n_writers, [False] * n_writers)
-    assert [end(process) for process, _ in writers] == [0] * n_writers
+    _, writers = start_writers(3, [False] * 3)
+    assert [end(process) for process, _ in writers] == [0] * 3
     shares = [said.get() for _, said in writers]
     assert min(shares) > 0
     assert sum(shares) == tokens

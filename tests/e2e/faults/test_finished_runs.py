@@ -132,7 +132,7 @@ def test_a_damaged_run_is_computed_again_with_equal_results(run: Done, tmp_path:
     expected = digests_of_results(run.folder)
     damages = itertools.cycle((*DAMAGES, edit_json_number, wrong_shape))
     files = [run.folder / n for n in ("metrics.json", "provenance.json", "latents.parquet")]
-    for number, file in enumerate([*files, run.folder / "rows.parquet", run.index]):
+    for number, file in enumerate([*files, run.index]):
         content = file.read_bytes()
         said = next(damages)(file, number)
         again = saexp.run(run.cfg, tmp_path / f"again{number}")
@@ -227,7 +227,7 @@ def test_a_sweep_with_a_damaged_cell_says_so_and_goes_on(swept: Path, tmp_path: 
     about = json.loads((cell / "provenance.json").read_text("utf-8"))
     # Of the damages some, as the other tests try all.
     for number, name in enumerate((*about["files"], "provenance.json")):
-        for damage in itertools.islice(damaged(cell / name), number % 3, None, 3):
+        for damage in itertools.islice(damaged(cell / name), number % 5, None, 5):
             table = cells_table(sweep)
             assert table["status"].tolist() == ["damaged", "finished"], damage
             assert name in table["error"][0], damage
@@ -236,14 +236,14 @@ def test_a_sweep_with_a_damaged_cell_says_so_and_goes_on(swept: Path, tmp_path: 
     assert "metrics.json was changed since it was written" in body_of(sweep / "sweep.html")
     shutil.copyfile(next((swept / "sweep").glob("0_*")) / "metrics.json", cell / "metrics.json")
     for name in (".hydra/overrides.yaml", ".hydra/config.yaml"):
-        for damage in damaged(cell / name):
+        for damage in itertools.islice(damaged(cell / name), None, None, 2):
             table = cells_table(sweep)
             assert table["status"][1] == "finished", damage
             assert table["status"][0] == "not run" or table.equals(sound), damage
     for name in ("plan.json", "latent_matches.parquet", "latent_matches_notes.json"):
         assert (sweep / name).is_file() or name.endswith("notes.json")
         (sweep / name).touch()
-        for damage in itertools.islice(damaged(sweep / name), 3, None, 3):
+        for damage in itertools.islice(damaged(sweep / name), 3, None, 5):
             table, _ = write_sweep(sweep)
             assert table["status"].tolist() == ["finished", "finished"], damage
 

@@ -37,9 +37,9 @@ TASKS = {
         "sae_trainer.batch_size=256",
         *SMALL,
     ),
-    "sweep": ("-m", "layer=1,2", "intervention=none", *SMALL),
+    "sweep": ("-m", "task=collect", "layer=1,2", *SMALL),
 }
-N_SIZES = 4
+N_SIZES = 3
 ROOM = 64 * 1024
 
 
@@ -90,7 +90,7 @@ def test_a_disk_that_fills_at_any_stage_is_one_line(
             assert "Logging error" not in said.err
             assert not list(disk.path.rglob(".tmp-*"))
             messages.add(message.split(" ")[2])
-        assert len(messages) >= 3, messages
+        assert len(messages) >= 2, messages
         disk.resize(ROOM)
         said = command([*words, f"{option}{folder}"], tmp_path)
         assert said.code == 0, said.err

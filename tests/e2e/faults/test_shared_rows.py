@@ -21,7 +21,7 @@ from tests.shipped_texts import FEW_NEUTRAL
 
 WORDS = (
     "tracker=none",
-    "intervention.n_controls=4",
+    "intervention.n_controls=2",
     "intervention.n_prompts=10",
     "intervention.n_choice_prompts=10",
     "intervention.max_new_tokens=8",
@@ -78,19 +78,18 @@ def test_equal_runs_at_once_compute_each_row_once(undisturbed, tmp_path):
     assert sum(map(n_computed, said)) == n_rows
 
 
-def test_rows_of_a_killed_run_are_computed_by_the_others(undisturbed, tmp_path):
+def test_rows_of_a_killed_run_are_computed_by_the_other(undisturbed, tmp_path):
     expected_folder, n_rows = undisturbed
     cache = tmp_path / "cache"
-    runs = [started(cache, tmp_path / str(i)) for i in range(3)]
+    runs = [started(cache, tmp_path / str(i)) for i in range(2)]
     began = time.monotonic()
-    while not (cache / "generations.sqlite").exists() or n_stored(cache) < 500:
+    while not (cache / "generations.sqlite").exists() or n_stored(cache) < 300:
         assert time.monotonic() - began < PATIENCE_SECONDS
         time.sleep(0.02)
     runs[0].process.kill()
     n_before = n_stored(cache)
     said = [run.wait() for run in runs]
-    assert [s.code for s in said] == [-signal.SIGKILL, 0, 0], said
-    for i in (1, 2):
-        assert_equal_results(tmp_path / str(i) / "run", expected_folder)
+    assert [s.code for s in said] == [-signal.SIGKILL, 0], said
+    assert_equal_results(tmp_path / "1" / "run", expected_folder)
     # What the killed run has stored is not computed again, nor anything twice.
     assert n_rows - n_before - 250 <= sum(map(n_computed, said)) <= n_rows

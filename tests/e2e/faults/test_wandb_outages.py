@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests import interpreters
-from tests.e2e.faults.injection import Said, digests_of_results, one_line, start
+from tests.e2e.faults.injection import Said, digests_of_results, one_line
 from tests.e2e.faults.wandb_server import (
     EMPTY,
     ERROR,
@@ -37,27 +37,26 @@ WAITING_SECONDS = 15
 own process is slow to start."""
 DELAY_SECONDS = 30
 """Longest time of logging and of its end, which other processes can lengthen."""
-OUTAGES = [(REFUSE, None), (HANG, None), (ERROR, None), (GARBAGE, None)]
-OUTAGES += [(GOOD, HANG), (GOOD, ERROR), (GOOD, EMPTY)]
+OUTAGES = [(REFUSE, None), (ERROR, None), (GARBAGE, None), (GOOD, ERROR), (GOOD, EMPTY)]
 """How the server answers at first, and once a run has begun (None: the same).
 
-W&B's own process ends by a panic where an answer is empty.
+W&B's own process ends by a panic where an answer is empty. A server that hangs is there for a whole
+run, and one that hangs once a run has begun for `LOGGING`.
 """
 ONLINE = ("tracker=wandb",)
-FINALIZED = [(HANG, None, ONLINE), (GOOD, HANG, ONLINE)]
-"""The two whose runs end as an interpreter does; the others are over when their command is."""
-SWEEP = ("-m", "layer=0,1,2", *ONLINE)
-OFFLINE = (*ONLINE, "tracker.mode=offline")
-RUNS: list["Case"] = [(SLOW, None, ONLINE), (HANG, None, SWEEP)]
-RUNS += [(mode, later, ONLINE) for mode, later in OUTAGES]
-RUNS += [(GOOD, None, ONLINE), (UNAUTHORIZED, None, ONLINE), (HANG, None, OFFLINE)]
+SWEEP = ("-m", "task=collect", "layer=0,1", *ONLINE)
+RUNS: list["Case"] = [(HANG, None, SWEEP), (HANG, None, ONLINE), (UNAUTHORIZED, None, ONLINE)]
+"""Whole runs: what only logs is enough for all else."""
+SESSIONS: list["Case"] = [(mode, None, ("online",)) for mode in (SLOW, GOOD)]
+SESSIONS += [(mode, later, ("online",)) for mode, later in OUTAGES]
+SESSIONS += [(HANG, None, ("offline",))]
 """The longest first."""
 N_AT_ONCE = 3
 START_SECONDS = 30
 """How long a run waits for a server that answers: several runs share the cores."""
 
 Case = tuple[str, str | None, tuple[str, ...]]
-"""How the server answers at first and later, and the words of a run."""
+"""How the server answers at first and later, and the words of a run, or W&B's mode."""
 
 
 class Ended(NamedTuple):
@@ -76,39 +75,58 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._numbers = folder, itertools.count(1)
-        # The server that processes are forked from takes its time to start.
-        start(["--help"], folder).wait()
         _, expected, self.waited = self.run({}, "tracker=none")
         self.expected = digests_of_results(expected)
 
     def run(self, env: Mapping[str, str], *words: str) -> tuple[Said, Path, float]:
-        """A command in a forked process."""
-        place = self._place()
-        process = start([*words, *FIXED], place, {**without_wandb(), **env}).process
-        said, waited = ended(process)
-        return said, place, waited
-
-    def run_finalized(self, env: Mapping[str, str], *words: str) -> tuple[Said, Path, float]:
         """A command that ends as one that a shell starts, with Python's handlers at exit."""
         place = self._place()
-        variables = {
-            name: value for name, value in os.environ.items() if name not in without_wandb()
-        }
-        words = ("-m", "saexp", *words, *FIXED)
-        said, waited = ended(interpreters.Process(words, place, {**variables, **env}))
+        said, waited = ended(process_of(("-m", "saexp", *words, *FIXED), place, env))
         return said, place, waited
 
     def with_server(self, mode: str, later: str | None, words: tuple[str, ...]) -> Ended:
         """A run whose server answers so."""
-        run = self.run_finalized if (mode, later, words) in FINALIZED else self.run
         with wandb_server(mode, later) as server:
-            said, place, waited = run(environment(server), *words)
+            said, place, waited = self.run(environment(server), *words)
+            return Ended(said, place, waited, list(server.requests))
+
+    def session(self, mode: str, later: str | None, words: tuple[str, ...]) -> Ended:
+        """What a run does with its tracker, and nothing else."""
+        place = self._place()
+        with wandb_server(mode, later) as server:
+            process = process_of(("-c", SESSION, *words), place, environment(server))
+            said, waited = ended(process)
             return Ended(said, place, waited, list(server.requests))
 
     def _place(self) -> Path:
         place = self.folder / f"run{next(self._numbers)}"
         place.mkdir()
         return place
+
+
+SESSION = """
+import logging, sys
+from pathlib import Path
+import pandas as pd, plotly.graph_objects as go
+from saexp.config import TrackerConfig
+from saexp.tracking import Artifact, start
+logging.basicConfig(format="[%(name)s][%(levelname)s] %(message)s", level="INFO")
+cfg, folder = TrackerConfig(kind="wandb", mode=sys.argv[1]), Path.cwd()
+run = start(cfg, folder=folder, config={"layer": 1}, name="n", job_type="analyze", group=None)
+for step in range(20):
+    run.series("train/tokens", {"train/tokens": step, "train/loss": step})
+run.metrics({"collection/n_rows": 3})
+run.table("latents", pd.DataFrame({"latent": range(2000)}))
+run.figure("volcano", go.Figure(go.Scatter(x=[1], y=[2])))
+(folder / "metrics.json").write_text("{}")
+run.artifact(Artifact("run", "results", {"metrics.json": folder / "metrics.json"}))
+run.finish(0)
+"""
+
+
+def process_of(words: Sequence[str], place: Path, env: Mapping[str, str]) -> interpreters.Process:
+    variables = {n: value for n, value in os.environ.items() if not n.startswith("WANDB_")}
+    return interpreters.Process(words, place, {**variables, **env})
 
 
 def ended(process: interpreters.Process, limit: float = 240) -> tuple[Said, float]:
@@ -131,11 +149,6 @@ def ended(process: interpreters.Process, limit: float = 240) -> tuple[Said, floa
     return Said(code, *process.read()), time.monotonic() - began - active
 
 
-def without_wandb() -> dict[str, None]:
-    """Variables of W&B that the tests' own process has, for `start` to remove."""
-    return {name: None for name in os.environ if name.startswith("WANDB_")}
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("outages"))
@@ -147,6 +160,7 @@ def started(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
     folder = tmp_path_factory.mktemp("logged")
     with ThreadPoolExecutor(N_AT_ONCE) as pool:
         futures = {script: pool.submit(logged, *script, folder) for script in SCRIPTS}
+        futures |= {case: pool.submit(runs.session, *case) for case in SESSIONS}
         futures |= {case: pool.submit(runs.with_server, *case) for case in RUNS}
         yield lambda *case: futures[case].result()
 
@@ -166,29 +180,43 @@ def hints(said: Said) -> list[str]:
     return re.findall(r"wandb sync (\S+)", said.out + said.err)
 
 
-@pytest.mark.parametrize(("mode", "later"), OUTAGES)
-def test_an_outage_leaves_a_run_complete(
-    runs: Runs, started: Callable[..., Ended], mode: str, later: str | None
-) -> None:
-    said, place, waited, _ = started(mode, later, ONLINE)
+def check_outage(run: Ended, mode: str, least_waited: float) -> None:
+    """It is a success that did not wait long, and its file for `wandb sync` is whole."""
+    said, place, waited, _ = run
     assert said.code == 0, said
     assert "Traceback" not in said.out + said.err
-    assert waited < runs.waited + WAITING_SECONDS
-    results = digests_of_results(place)
-    assert {k: v for k, v in results.items() if "wandb/" not in k} == runs.expected
+    assert waited < least_waited + WAITING_SECONDS
     (hint,) = hints(said)
     (file,) = (place / hint).glob("*.wandb")
     about = _wandb_run(file)
     assert about["exit_code"] == 0
     assert any(key.startswith("tables/latents") for key in about["keys"])
+    assert "collection/n_rows" in about["summary"]
+    assert "results" in [artifact.type for artifact in about["artifacts"]]
     answers = (said.out + said.err).count("W&B does not answer")
     assert answers == (mode != GOOD)
+
+
+@pytest.mark.parametrize(("mode", "later"), OUTAGES)
+def test_an_outage_leaves_the_record_of_a_run_complete(
+    runs: Runs, started: Callable[..., Ended], mode: str, later: str | None
+) -> None:
+    check_outage(started(mode, later, ("online",)), mode, runs.waited)
+
+
+def test_a_whole_run_is_as_without_a_tracker_where_the_server_hangs(
+    runs: Runs, started: Callable[..., Ended]
+) -> None:
+    run = started(HANG, None, ONLINE)
+    check_outage(run, HANG, runs.waited)
+    results = digests_of_results(run.place)
+    assert {k: v for k, v in results.items() if "wandb/" not in k} == runs.expected
 
 
 @pytest.mark.parametrize("mode", [GOOD, SLOW])
 def test_a_server_that_answers_needs_no_hint(started: Callable[..., Ended], mode: str) -> None:
     """However long the upload takes."""
-    said, place, _, requests = started(mode, None, ONLINE)
+    said, place, _, requests = started(mode, None, ("online",))
     assert said.code == 0, said
     assert not hints(said)
     assert "saexp.tracking.wandb][WARNING" not in said.out + said.err
@@ -208,18 +236,18 @@ def test_a_refused_key_is_one_line_before_any_work(started: Callable[..., Ended]
 def test_a_sweep_waits_for_an_unreachable_server_once(started: Callable[..., Ended]) -> None:
     said, place, _, requests = started(HANG, None, SWEEP)
     assert said.code == 0, said
-    assert "3 finished" in said.out
+    assert "2 finished" in said.out
     assert (said.out + said.err).count("W&B does not answer") == 1
     assert requests.count("/graphql") == 1
-    # Three cells and the sweep's own run, which one command uploads.
+    # Two cells and the sweep's own run, which one command uploads.
     offline = [f.parent for f in recorded(place) if f.parent.name.startswith("offline-")]
     (hint,) = hints(said)
-    assert len(offline) == 4
+    assert len(offline) == 3
     assert sorted(place.glob(hint)) == sorted(offline)
 
 
 def test_offline_by_configuration_gives_no_hint(started: Callable[..., Ended]) -> None:
-    said, place, _, requests = started(HANG, None, OFFLINE)
+    said, place, _, requests = started(HANG, None, ("offline",))
     assert said.code == 0, said
     assert requests == []
     assert not hints(said)

@@ -40,8 +40,7 @@ def test_an_auroc_is_covered(n: int, value: float, n_rows: int) -> None:
     assert covered / n_runs >= 0.92
 
 
-@pytest.mark.parametrize("n", [10, 30, 200])
-@pytest.mark.parametrize("n_rows", [1, 4])
+@pytest.mark.parametrize(("n", "n_rows"), [(10, 1), (10, 4), (30, 4), (200, 1)])
 def test_p_values_of_scores_without_meaning(n: int, n_rows: int) -> None:
     """At most about 5 % of 400 runs are below 0.05, whether rows of a unit agree or differ."""
     first, units = labels(n, 2 * n, n_rows)
