@@ -271,7 +271,7 @@ def _costs(
     todo: Sequence[tuple[list[str], RunConfig]], objects: ObjectCache, n_trials: int | None
 ) -> list[str]:
     if not todo:
-        return ["tokens to forward: 0", "disk: 0 B", "time: results are copied, no model runs"]
+        return ["tokens to forward: 0", "disk: 0 B", "time: no model runs"]
     hookpoints = passes([words for words, _ in todo], objects)
     first = {texts_key(cfg): cfg for _, cfg in reversed(todo)}
     planned_passes = [

@@ -108,7 +108,8 @@ def test_one_run_can_be_planned_too(folder: Path) -> None:
 
 
 def test_what_cannot_be_counted_is_reported(folder: Path) -> None:
-    said = plan(folder, "-m", "model=hf", "model.name=nobody/nothing", "layer=8,first", *SMALL)
+    words = ["-m", "task=collect", "model=hf", "model.name=nobody/nothing", "layer=8,first"]
+    said = plan(folder, *words, *SMALL)
     assert "not counted: the files of nobody/nothing are not on this machine" in said.out
     assert "  1 layer=first: fails: " in said.out
     assert "tokens to forward: 0 (without the texts above" in said.out
