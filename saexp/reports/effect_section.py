@@ -437,7 +437,6 @@ def attention_tables(run: SavedRun) -> list[dict[str, Any]]:
 
 
 def _is_hit(value: Any) -> bool:
-    """A rate's value for one prompt; False for a prompt that could not be scored."""
     return bool(pd.notna(value)) and bool(value)
 
 

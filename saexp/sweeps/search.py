@@ -238,8 +238,10 @@ class _Search:
 
     def __init__(self, settings: OptunaConfig, parsed: Sequence[Override], folder: Path) -> None:
         self.settings, self.folder = settings, folder
-        self.fixed = [word for o in parsed if not o.is_sweep_override() for word in _values(o)]
-        self.axes = [_axis(o) for o in parsed if o.is_sweep_override()]
+        last = {o.get_key_element(): o for o in parsed}
+        self.fixed = [w for o in last.values() if not o.is_sweep_override() for w in _values(o)]
+        # Of a key that is typed twice the last word counts, as in a single run.
+        self.axes = [_axis(o) for o in last.values() if o.is_sweep_override()]
         self.objective = next(
             o.get_value_element_as_str() for o in parsed if o.get_key_element() == "objective"
         )
@@ -391,7 +393,8 @@ class _Search:
         swept = [axis.key for axis in self.axes]
         about: dict[str, Any] = {"objective": self.objective, "direction": self.settings.direction}
         if self.best is not None:
-            cell = self.study.best_trial.user_attrs[_CELL]
+            values = [trial.value for trial in self.launched.values()]
+            cell = values.index(self.best)
             about["best"] = {"cell": cell, "value": self.best, "overrides": cells[cell]}
         plan = {**read_plan(self.folder), "cells": cells, "swept": swept, "search": about}
         write_json(self.folder / SWEEP_PLAN, plan, option=SWEEP_FOLDER)

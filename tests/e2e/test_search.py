@@ -43,7 +43,7 @@ def test_twelve_trials_find_the_best_cell_of_the_grid(tmp_path: Path) -> None:
     assert values.index.is_unique
     assert values.equals(oracle.loc[values.index])
     # A trial that asks for a cell again is given its value.
-    assert {t.value for t in trials(tmp_path) if t.value is not None} == {*values}
+    assert {t.value for t in trials(tmp_path) if t.value is not None} == {*values.dropna()}
     assert values.max() == oracle.max()
     best = int(table.loc[table[OBJECTIVE].idxmax(), "cell"])
     sentence = f"Of 12 cells of the search, cell {best} has the largest {OBJECTIVE}: "
