@@ -82,7 +82,7 @@ def _default(value: ast.expr | None) -> str:
 
 def options(root: Path, group: str) -> dict[str, str]:
     """Option -> what the comment at the top of its YAML file says."""
-    found = {}
+    comments = {}
     for path in sorted((root / "conf" / group).glob("*.yaml")):
         comment = []
         for line in path.read_text("utf-8").splitlines():
@@ -90,8 +90,8 @@ def options(root: Path, group: str) -> dict[str, str]:
                 break
             if "@package" not in line:
                 comment.append(line.removeprefix("#").strip())
-        found[path.stem] = " ".join(comment)
-    return found
+        comments[path.stem] = " ".join(comment)
+    return comments
 
 
 def config_page(root: Path) -> str:

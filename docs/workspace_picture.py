@@ -24,7 +24,7 @@ import plotly.graph_objects as go
 from sklearn.ensemble import RandomForestRegressor
 
 from saexp.tasks.saved_runs import PARAMETERS, Panel, Section, keys_of_folder, sections
-from tests.unit.reports.left import wandb_runs
+from tests.unit.reports.run_outputs import wandb_runs
 
 COLORS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1")
 _HEIGHT = 165

@@ -73,9 +73,9 @@ def cell_folder(number: int, overrides: Sequence[str], sweep: str | None = None)
 
     swept = swept_keys(Path(sweep)) if sweep else set()
     typed = sorted(_as_typed(overrides))
-    named = [word for word in typed if key_of(word) in swept] or typed
+    varied = [word for word in typed if key_of(word) in swept] or typed
     name = str(number)
-    for i, word in enumerate(named):
+    for i, word in enumerate(varied):
         safe = re.sub(r"[^\w.,=+-]+", "_", word)
         longer = f"{name}{',' if i else '_'}{safe}"
         # File systems allow 255 bytes.

@@ -8,7 +8,7 @@ from tokenizers import processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from saexp.models.loading import LanguageModel
-from tests.hub_tokenizers import CHAT, END, Made, gemma_2, gpt_2, llama_3
+from tests.hub_tokenizers import CHAT, END, TokenizerPair, gemma_2, gpt_2, llama_3
 from tests.random_models import random_lm
 
 # Llama 3's and Gemma 2's trim the message, ChatML and Mistral's take it as it is.
@@ -46,8 +46,10 @@ class WithoutOffsets:
         return {"input_ids": self.fast(text, **options)["input_ids"]}
 
 
-def _loaded(made: Made, template: str | None = None, **settings: Any) -> PreTrainedTokenizerFast:
-    tokenizer, own = copy.deepcopy(made)
+def _loaded(
+    pair: TokenizerPair, template: str | None = None, **settings: Any
+) -> PreTrainedTokenizerFast:
+    tokenizer, own = copy.deepcopy(pair)
     own = {k: v for k, v in own.items() if k.endswith("_token") or k.startswith("additional")}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**own, **settings})
     # transformers makes one of its own for some sets of special tokens.
@@ -56,9 +58,9 @@ def _loaded(made: Made, template: str | None = None, **settings: Any) -> PreTrai
     return fast
 
 
-def _appending(made: Made, bos: str | None, eos: str) -> Made:
+def _appending(pair: TokenizerPair, bos: str | None, eos: str) -> TokenizerPair:
     """With an EOS token behind every text, as T5's and some fine-tunes' tokenizers have it."""
-    tokenizer, settings = copy.deepcopy(made)
+    tokenizer, settings = copy.deepcopy(pair)
     names = [n for n in (bos, eos) if n is not None]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A {eos}" if bos else f"$A {eos}",

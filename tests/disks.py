@@ -41,12 +41,12 @@ def obeying_permissions() -> Iterator[None]:
     libc = ctypes.CDLL(None)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
     # Effective, permitted and inheritable ones, the lower 32 first.
-    held = (ctypes.c_uint32 * 6)()
-    assert libc.capget(header, held) == 0
-    fewer = (ctypes.c_uint32 * 6)(*held)
+    capabilities = (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, capabilities) == 0
+    fewer = (ctypes.c_uint32 * 6)(*capabilities)
     fewer[0] &= ~(_DAC_OVERRIDE | _DAC_READ_SEARCH)
     assert libc.capset(header, fewer) == 0
     try:
         yield
     finally:
-        assert libc.capset(header, held) == 0
+        assert libc.capset(header, capabilities) == 0

@@ -11,9 +11,9 @@ _OUT = ("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h")
 
 def by_hand(hf: Any, directions: Tensor, norms: bool = False) -> Any:
     """A copy that writes nothing along the directions: W - Q Q^T W, or its norms' outputs."""
-    made = copy.deepcopy(hf)
+    edited = copy.deepcopy(hf)
     q = torch.linalg.qr(directions.double().T)[0].float()
-    for name, module in made.named_modules():
+    for name, module in edited.named_modules():
         last = name.rpartition(".")[2]
         if norms and last in ("post_attention_layernorm", "post_feedforward_layernorm"):
             module.register_forward_hook(lambda _m, _a, out: out - out @ q @ q.T)
@@ -24,7 +24,7 @@ def by_hand(hf: Any, directions: Tensor, norms: bool = False) -> Any:
                 w.sub_(w @ q @ q.T if conv else q @ q.T @ w)
                 if module.bias is not None:
                     module.bias.sub_(q @ q.T @ module.bias)
-    return made
+    return edited
 
 
 def divergence(before: Any, after: Any, ids: list[int]) -> float:

@@ -32,9 +32,9 @@ SHARD = "10MB"
 def repository(home: Path, name: str) -> Iterator[Path]:
     """An empty folder whose files then are the repository's snapshot in the cache `home`."""
     home.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=home) as made:
-        yield Path(made)
-        publish(home / "hub", name, Path(made))
+    with TemporaryDirectory(dir=home) as directory:
+        yield Path(directory)
+        publish(home / "hub", name, Path(directory))
 
 
 def catalogued(release: str, sae_id: str) -> Entry:
@@ -52,8 +52,8 @@ def _random(config: Any, *, embedding: float | None = None) -> Any:
     return hf
 
 
-def _save_tokenizer(folder: Path, made: tuple[Tokenizer, dict[str, Any]]) -> None:
-    tokenizer, settings = made
+def _save_tokenizer(folder: Path, pair: tuple[Tokenizer, dict[str, Any]]) -> None:
+    tokenizer, settings = pair
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 

@@ -13,7 +13,7 @@ from tokenizers.trainers import BpeTrainer
 
 from saexp.data.datasets import ASSETS
 
-Made = tuple[Tokenizer, dict[str, Any]]
+TokenizerPair = tuple[Tokenizer, dict[str, Any]]
 VOCABULARY = 1024
 END = "<|endoftext|>"
 # What google/gemma-2-2b-it does with messages: <bos>, then turns between two marks.
@@ -58,25 +58,25 @@ def _bos_first(token: str, number: int) -> Any:
 
 
 @cache
-def gpt_2() -> Made:
+def gpt_2() -> TokenizerPair:
     """No token in front; its config says nothing but the length."""
     pre = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made = _byte_level([END], pre, processors.ByteLevel(trim_offsets=False))
-    return made, {"model_max_length": 1024}
+    tokenizer = _byte_level([END], pre, processors.ByteLevel(trim_offsets=False))
+    return tokenizer, {"model_max_length": 1024}
 
 
 @cache
-def gpt_neox() -> Made:
+def gpt_neox() -> TokenizerPair:
     """No token in front, and no padding token in its config."""
     pre = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made = _byte_level([END, "<|padding|>"], pre, processors.ByteLevel(trim_offsets=True))
-    named = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)
+    tokenizer = _byte_level([END, "<|padding|>"], pre, processors.ByteLevel(trim_offsets=True))
+    special_tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)
     settings = {"add_prefix_space": False, "tokenizer_class": "GPTNeoXTokenizer"}
-    return made, {**settings, **named}
+    return tokenizer, {**settings, **special_tokens}
 
 
 @cache
-def llama_3() -> Made:
+def llama_3() -> TokenizerPair:
     """<|begin_of_text|> in front, put there by the post-processor; no padding token."""
     begin, end = "<|begin_of_text|>", "<|end_of_text|>"
     pre = pre_tokenizers.Sequence(
@@ -98,7 +98,7 @@ def llama_3() -> Made:
 
 
 @cache
-def gemma_2(chat: bool = False) -> Made:
+def gemma_2(chat: bool = False) -> TokenizerPair:
     """Spaces as "\u2581", unknown characters as bytes, <bos> in front; `chat` adds the template."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
     learned = Tokenizer(BPE(unk_token="<unk>", fuse_unk=True))
@@ -109,14 +109,16 @@ def gemma_2(chat: bool = False) -> Made:
     for byte in range(256):
         vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
     merges = [tuple(pair) for pair in model["merges"]]
-    made = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    made.add_special_tokens(special)
-    made.normalizer = normalizers.Replace(" ", "\u2581")
-    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    made.decoder = decoders.Sequence(
+    tokenizer = Tokenizer(
+        BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.add_special_tokens(special)
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    made.post_processor = _bos_first("<bos>", special.index("<bos>"))
+    tokenizer.post_processor = _bos_first("<bos>", special.index("<bos>"))
     settings = {
         "add_bos_token": True,
         "add_eos_token": False,
@@ -125,4 +127,4 @@ def gemma_2(chat: bool = False) -> Made:
         "clean_up_tokenization_spaces": False,
         "tokenizer_class": "GemmaTokenizer",
     }
-    return made, {**settings, "chat_template": CHAT} if chat else settings
+    return tokenizer, {**settings, "chat_template": CHAT} if chat else settings

@@ -304,11 +304,11 @@ def _preload() -> list[tempfile.TemporaryDirectory[str]]:
 
 
 if __name__ == "__main__":
-    with socket.socket(fileno=int(sys.argv[1])) as given:
+    with socket.socket(fileno=int(sys.argv[1])) as inherited:
         # A process that a test starts must not keep the socket.
-        given.set_inheritable(False)
+        inherited.set_inheritable(False)
         shared_folders = _preload()
-        accepted = serve(given, int(sys.argv[2]))
+        accepted = serve(inherited, int(sys.argv[2]))
     prepare(accepted, shared_folders)
     if accepted["at_once"]:
         end_at_once(accepted["words"])

@@ -118,9 +118,9 @@ def tokenizer(trim_offsets: bool = True, chat: bool = False) -> PreTrainedTokeni
 def hooks_left(hf: Any) -> list[Any]:
     """Hooks on a model's modules, but those that stay: of transformers, and of the LM head."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-    found = [h for m in hf.modules() for kind in kinds for h in getattr(m, kind).values()]
-    stays = {id(h) for h in found if getattr(h, "__module__", "").startswith("transformers.")}
-    return [h for h in found if id(h) not in stays and h is not contiguous_input]
+    hooks = [h for m in hf.modules() for kind in kinds for h in getattr(m, kind).values()]
+    stays = {id(h) for h in hooks if getattr(h, "__module__", "").startswith("transformers.")}
+    return [h for h in hooks if id(h) not in stays and h is not contiguous_input]
 
 
 @cache

@@ -227,22 +227,22 @@ def plain(command: str) -> str:
 def blocks(text: str) -> list[tuple[str, str]]:
     """(kind, content) of a page's code: a fence's language, `text` without one, or `indented`."""
     fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-    found = [(match[1] or "text", match[2]) for match in fence.finditer(text)]
+    code_blocks = [(match[1] or "text", match[2]) for match in fence.finditer(text)]
     rest = fence.sub("", text)
     # Four spaces after an empty line, up to the next line that has fewer.
     for match in re.finditer(r"(?<=\n\n)(?: {4}.*\n)+", rest):
-        found.append(("indented", match[0]))
-    return found
+        code_blocks.append(("indented", match[0]))
+    return code_blocks
 
 
 def commands(text: str) -> list[str]:
     """Every command of a page's indented and shell blocks; each line is one, or goes on with \\."""
-    found = []
+    lines = []
     for kind, content in blocks(text):
         if kind in ("indented", "bash", "sh", "shell", "console"):
             joined = re.sub(r"\\\n\s*", " ", content)
-            found += [plain(line) for line in joined.splitlines() if line.strip()]
-    return [command for command in found if command]
+            lines += [plain(line) for line in joined.splitlines() if line.strip()]
+    return [command for command in lines if command]
 
 
 def fenced_commands(text: str) -> list[str]:

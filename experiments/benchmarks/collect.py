@@ -100,10 +100,10 @@ def setting(args: argparse.Namespace) -> Setting:
     return Setting(model, placement, layer, args.batch_size)
 
 
-def limit(given: Setting) -> Callable[[], None]:
+def limit(workload: Setting) -> Callable[[], None]:
     """The bare forward pass of the required blocks on saexp's batches, prepared beforehand."""
-    model = given.model
-    todo = units(given.placement, np.arange(len(given.placement.rows)))
+    model = workload.model
+    todo = units(workload.placement, np.arange(len(workload.placement.rows)))
     budget = TokenBudget("auto", model.device)
     ready = []
     for chosen in batches([len(u.ids) for u in todo], budget):
@@ -111,52 +111,57 @@ def limit(given: Setting) -> Callable[[], None]:
             [todo[i].ids for i in chosen], model.pad_id, model.device, padding_side="right"
         )
         ready.append((ids, mask))
-    return bare_forward(model, given.layer, ready)
+    return bare_forward(model, workload.layer, ready)
 
 
-def saexp_way(given: Setting) -> Callable[[], None]:
+def saexp_way(workload: Setting) -> Callable[[], None]:
     """`collect` into an empty store: batching, forward passes, checks, checksums, synced files."""
     # Computed once per process and model, independent of what is collected.
-    _ = given.model.fingerprint
-    digest = given.model.fingerprint
-    type(given.model).fingerprint = property(lambda _: digest)  # pyright: ignore
+    _ = workload.model.fingerprint
+    digest = workload.model.fingerprint
+    type(workload.model).fingerprint = property(lambda _: digest)  # pyright: ignore
 
     def run() -> None:
         folder = tempfile.mkdtemp()
         request = CollectionRequest(
-            positions=given.placement,
-            hookpoints=[Hookpoint(given.layer, "resid_post")],
+            positions=workload.placement,
+            hookpoints=[Hookpoint(workload.layer, "resid_post")],
             max_length=4096,
         )
         cfg = CollectorConfig(name="hf")
-        collector = HuggingFaceCollector(cfg, model=given.model, store=StoreConfig())
+        collector = HuggingFaceCollector(cfg, model=workload.model, store=StoreConfig())
         collect(collector, request, cache_dir=folder)
-        sync(given.model.device)
+        sync(workload.model.device)
         shutil.rmtree(folder)
 
     return run
 
 
-def in_order(given: Setting) -> list[Batch]:
+def in_order(workload: Setting) -> list[Batch]:
     """Batches as in most notebooks: in the order of the data, padded to the longest text."""
-    texts = [t.ids for t in given.placement.texts]
-    made = []
-    for start in range(0, len(texts), given.batch_size):
-        some = texts[start : start + given.batch_size]
-        ids, mask = padded(some, given.model.pad_id, given.model.device, padding_side="right")
-        made.append(Batch(ids, mask, torch.tensor([len(t) - 1 for t in some])))
-    return made
+    texts = [t.ids for t in workload.placement.texts]
+    text_batches = []
+    for start in range(0, len(texts), workload.batch_size):
+        some = texts[start : start + workload.batch_size]
+        ids, mask = padded(some, workload.model.pad_id, workload.model.device, padding_side="right")
+        text_batches.append(Batch(ids, mask, torch.tensor([len(t) - 1 for t in some])))
+    return text_batches
 
 
-def ways(given: Setting) -> Iterator[tuple[str, Callable[[], None]]]:
+def ways(workload: Setting) -> Iterator[tuple[str, Callable[[], None]]]:
     """(name, one timed run) of every tool that is installed."""
-    yield "bare forward pass of the required blocks (limit)", limit(given)
-    yield "saexp", saexp_way(given)
+    yield "bare forward pass of the required blocks (limit)", limit(workload)
+    yield "saexp", saexp_way(workload)
     for name, make in PEERS.items():
         try:
             yield (
                 name,
-                make(given.model, in_order(given), given.layer, lambda: sync(given.model.device)),
+                make(
+                    workload.model,
+                    in_order(workload),
+                    workload.layer,
+                    lambda: sync(workload.model.device),
+                ),
             )
         except ImportError as error:
             log.warning("%s is left out: %s", name, error)
@@ -191,9 +196,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    given = setting(args)
+    workload = setting(args)
     timed: dict[str, list[float]] = {}
-    runs = dict(ways(given))
+    runs = dict(ways(workload))
     for name, run in runs.items():
         run()
         timed[name] = []
@@ -202,16 +207,16 @@ def main() -> None:
             began = time.perf_counter()
             run()
             timed[name].append(time.perf_counter() - began)
-    report(args, given, timed)
+    report(args, workload, timed)
 
 
-def report(args: argparse.Namespace, given: Setting, timed: dict[str, list[float]]) -> None:
+def report(args: argparse.Namespace, workload: Setting, timed: dict[str, list[float]]) -> None:
     """Print a table of medians, relative to the limit and to saexp."""
     median = {name: statistics.median(times) for name, times in timed.items()}
     bound, own = (median[name] for name in list(median)[:2])
-    n_tokens = sum(len(t) for t in given.placement.texts)
-    model, device = given.model, given.model.device
-    used = sum(p.numel() for b in model.blocks[: given.layer + 1] for p in b.parameters())
+    n_tokens = sum(len(t) for t in workload.placement.texts)
+    model, device = workload.model, workload.model.device
+    used = sum(p.numel() for b in model.blocks[: workload.layer + 1] for p in b.parameters())
     lines = ["| way | seconds | share of the limit | saexp is faster by |", "|---|---|---|---|"]
     for name, seconds in median.items():
         faster = "" if name == list(median)[0] else f"{seconds / own:.2f} x"
@@ -226,7 +231,7 @@ def report(args: argparse.Namespace, given: Setting, timed: dict[str, list[float
         "machine": machine,
         "dtype": str(model.dtype),
         "parameters": n_parameters,
-        "layer": [given.layer, model.n_layers],
+        "layer": [workload.layer, model.n_layers],
         "texts": args.texts,
         "tokens that all begin with": args.shared,
         "tokens": n_tokens,

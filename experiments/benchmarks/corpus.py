@@ -152,9 +152,9 @@ def collecting(cfg: Any, folder: Path, objects: Any) -> Callable[[], int]:
 
     def run() -> int:
         shutil.rmtree(Path(cfg.cache_dir) / "activations", ignore_errors=True)
-        place = tempfile.mkdtemp(prefix="run_", dir=folder)
+        run_folder = tempfile.mkdtemp(prefix="run_", dir=folder)
         return int(
-            saexp.run(cfg, place, objects=objects).metrics["collection/tokens_forwarded"] or 0
+            saexp.run(cfg, run_folder, objects=objects).metrics["collection/tokens_forwarded"] or 0
         )
 
     return run
@@ -212,13 +212,13 @@ def tokenization(job: dict[str, Any]) -> dict[str, Any]:
         return {"input_ids": tokenizer(batch["text"], add_special_tokens=False)["input_ids"]}
 
     def theirs() -> int:
-        place = tempfile.mkdtemp(prefix="datasets_", dir=folder)
+        cache_dir = tempfile.mkdtemp(prefix="datasets_", dir=folder)
         texts = datasets.load_dataset(
-            "json", data_files=cfg.dataset.path, split="train", cache_dir=place
+            "json", data_files=cfg.dataset.path, split="train", cache_dir=cache_dir
         )
         assert isinstance(texts, datasets.Dataset)
-        made = texts.map(encoded, batched=True, remove_columns=["text"], num_proc=processes)
-        return len(made)
+        tokenized = texts.map(encoded, batched=True, remove_columns=["text"], num_proc=processes)
+        return len(tokenized)
 
     n_tokens = ours()
     theirs()

@@ -72,8 +72,8 @@ def products(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 linear(x, weight)
 
         amount = 2e-9 * n * d_in * d_out * n_times
-        found = compared({"float32": full, "bfloat16": half}, amount, args.repeats, args.device)
-        yield {"what": f"product {n} x {d_in} x {d_out}", "unit": "GFLOP/s", **found}
+        rates = compared({"float32": full, "bfloat16": half}, amount, args.repeats, args.device)
+        yield {"what": f"product {n} x {d_in} x {d_out}", "unit": "GFLOP/s", **rates}
 
 
 @torch.inference_mode()
@@ -112,8 +112,8 @@ def model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "float32": lambda way=way: way(full),
             "bfloat16": lambda way=way: way(half),
         }
-        found = compared(pair, n_tokens, args.repeats, args.device)
-        yield {"what": what, "unit": "tokens/s", **found}
+        rates = compared(pair, n_tokens, args.repeats, args.device)
+        yield {"what": what, "unit": "tokens/s", **rates}
 
 
 def main() -> None:
@@ -134,8 +134,8 @@ def main() -> None:
         if is_new:
             writer.writeheader()
         for measure in (products, model):
-            for found in measure(args):
-                row = {"device": args.device, "threads": args.threads, **found}
+            for measurement in measure(args):
+                row = {"device": args.device, "threads": args.threads, **measurement}
                 writer.writerow(row)
                 file.flush()
                 sys.stdout.write("  ".join(str(row.get(c, "")) for c in COLUMNS) + "\n")

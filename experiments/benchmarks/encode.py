@@ -48,22 +48,22 @@ def parameters(architecture: str, d_in: int, d_sae: int, device: torch.device) -
     # Pre-activations are standard normal.
     share = torch.tensor(1 - K / d_sae, dtype=torch.float64)
     height = float(2**0.5 * torch.erfinv(2 * share - 1))
-    found = {"W_enc": decoder.T.contiguous(), "W_dec": decoder, "b_dec": torch.zeros(d_in)}
-    found["b_dec"] = found["b_dec"].to(device)
+    weights = {"W_enc": decoder.T.contiguous(), "W_dec": decoder, "b_dec": torch.zeros(d_in)}
+    weights["b_dec"] = weights["b_dec"].to(device)
     if architecture == "gated":
-        return {**found, "b_gate": bias - height, "b_mag": bias.clone(), "r_mag": bias + 0.1}
+        return {**weights, "b_gate": bias - height, "b_mag": bias.clone(), "r_mag": bias + 0.1}
     if architecture in ("jumprelu", "batchtopk"):
-        found["threshold"] = bias + height
-    return {**found, "b_enc": bias - height if architecture == "standard" else bias}
+        weights["threshold"] = bias + height
+    return {**weights, "b_enc": bias - height if architecture == "standard" else bias}
 
 
-def ours(architecture: str, given: dict[str, Tensor]) -> SparseAutoencoder:
+def ours(architecture: str, weights: dict[str, Tensor]) -> SparseAutoencoder:
     """The encoder of saexp."""
     k = K if architecture == "topk" else None
-    return SparseAutoencoder(given, SAESettings(architecture=architecture, hookpoint=AT, k=k))
+    return SparseAutoencoder(weights, SAESettings(architecture=architecture, hookpoint=AT, k=k))
 
 
-def theirs(architecture: str, given: dict[str, Tensor]) -> Any:
+def theirs(architecture: str, weights: dict[str, Tensor]) -> Any:
     """The encoder of sae-lens with the same tensors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -71,21 +71,21 @@ def theirs(architecture: str, given: dict[str, Tensor]) -> Any:
         from sae_lens.saes.sae import SAEMetadata
     names = {"standard": "Standard", "topk": "TopK", "gated": "Gated"}
     name = names.get(architecture, "JumpReLU")
-    d_in, d_sae = given["W_enc"].shape
+    d_in, d_sae = weights["W_enc"].shape
     options = {"k": K} if architecture == "topk" else {}
     config = getattr(sae_lens, f"{name}SAEConfig")(
         # Made small: its own random weights are replaced.
         d_in=2,
         d_sae=max(2, K),
-        device=str(given["W_enc"].device),
+        device=str(weights["W_enc"].device),
         metadata=SAEMetadata(hook_name=AT.transformer_lens),
         **options,
     )
-    made = getattr(sae_lens, f"{name}SAE")(config)
-    made.cfg.d_in, made.cfg.d_sae = d_in, d_sae
-    for parameter, value in given.items():
-        getattr(made, parameter).data = value
-    return made
+    sae = getattr(sae_lens, f"{name}SAE")(config)
+    sae.cfg.d_in, sae.cfg.d_sae = d_in, d_sae
+    for parameter, value in weights.items():
+        getattr(sae, parameter).data = value
+    return sae
 
 
 def timed(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
@@ -107,15 +107,15 @@ def compare(
     architecture: str, d_in: int, d_sae: int, args: argparse.Namespace, device: torch.device
 ) -> dict[str, Any]:
     """One row of the table; both must give the same activations."""
-    given = parameters(architecture, d_in, d_sae, device)
+    weights = parameters(architecture, d_in, d_sae, device)
     x = torch.randn(
         args.rows, d_in, generator=torch.Generator(device).manual_seed(1), device=device
     )
-    mine, other = ours(architecture, given), theirs(architecture, given)
-    same = (mine.encode(x) - other.encode(x)).abs().max()
+    own, other = ours(architecture, weights), theirs(architecture, weights)
+    same = (own.encode(x) - other.encode(x)).abs().max()
     assert float(same) < 1e-3, f"{architecture}: activations differ by {float(same)}"
     seconds = timed(
-        {"saexp": lambda: mine.encode(x), "sae-lens": lambda: other.encode(x)}, args.repeats
+        {"saexp": lambda: own.encode(x), "sae-lens": lambda: other.encode(x)}, args.repeats
     )
     median = {name: statistics.median(values) for name, values in seconds.items()}
     return {
@@ -138,14 +138,14 @@ def _status(name: str) -> int:
 
 def chunk_memory(d_in: int = 64, d_sae: int = 2**20) -> dict[str, Any]:
     """Peak memory of encoding one chunk, and its upper bound."""
-    made = ours("jumprelu", parameters("jumprelu", d_in, d_sae, torch.device("cpu")))
+    sae = ours("jumprelu", parameters("jumprelu", d_in, d_sae, torch.device("cpu")))
     n_rows = max(1, CHUNK_BYTES // (4 * d_sae))
     acts, rows = torch.randn(n_rows, d_in), pd.DataFrame({"row": range(n_rows)})
     # Whatever the first call allocates for good.
-    encode_rows(acts, np.arange(1), made, rows[:1])
+    encode_rows(acts, np.arange(1), sae, rows[:1])
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", "utf-8")
-    encode_rows(acts, np.arange(n_rows), made, rows)
+    encode_rows(acts, np.arange(n_rows), sae, rows)
     used = _status("VmHWM") - before
     bound = BOUND_CHUNKS * CHUNK_BYTES
     assert used <= bound, f"{used} bytes used, {bound} allowed"
@@ -169,14 +169,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = pick_device(args.device)
-    found = [
+    rows = [
         compare(architecture, d_in, d_sae, args, device)
         for d_in, d_sae in SIZES
         for architecture in ARCHITECTURES
     ]
     lines = ["| SAE | d_in | d_sae | saexp, s | sae-lens, s | saexp is faster by |"]
     lines.append("|---|---|---|---|---|---|")
-    for row in found:
+    for row in rows:
         own, other = row["median_seconds"].values()
         lines.append(
             f"| {row['architecture']} | {row['d_in']} | {row['d_sae']} | {own:.3f} | {other:.3f} "
@@ -192,7 +192,7 @@ def main() -> None:
     }
     sys.stdout.write("\n".join([*lines, "", json.dumps(memory), json.dumps(about)]) + "\n")
     if args.out:
-        content = {"about": about, "encode": found, "memory_of_a_chunk": memory}
+        content = {"about": about, "encode": rows, "memory_of_a_chunk": memory}
         args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -166,9 +166,9 @@ def hooked_transformer(hf: Any, tokens: torch.Tensor) -> Any:
         device=str(tokens.device),
         seed=0,
     )
-    made: Any = HookedTransformer(config).eval()
-    made.tokenizer = _Tokenizer()
-    return made
+    hooked: Any = HookedTransformer(config).eval()
+    hooked.tokenizer = _Tokenizer()
+    return hooked
 
 
 def main() -> None:
@@ -195,11 +195,11 @@ def main() -> None:
     tokens = torch.randint(1, config.vocab_size, (args.texts, args.length)).to(device)
     tokens[:, 0] = BOS
     model = LanguageModel.wrap(hf, _Tokenizer(), f"random GPT-2, {args.shape}")
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as directory:
         at = Hookpoint(layer, "resid_post")
         mask = torch.ones_like(tokens[:8])
         stream = run_truncated(model, tokens[:8], mask, [at])[at][:, 1:].flatten(0, 1)
-        folder = write_sae(Path(place), stream.float().cpu(), layer)
+        folder = write_sae(Path(directory), stream.float().cpu(), layer)
         tokenizer: Any = _Tokenizer()
         hook_name = f"transformer.h.{layer}"
         proxy = HookedProxyLM(hf, tokenizer, hook_names=[hook_name])
@@ -215,7 +215,7 @@ def main() -> None:
                 lens, lens_name, folder, tokens, args.batch_size
             ),
         }
-        found = {name: run() for name, run in ways.items()}
+        results = {name: run() for name, run in ways.items()}
         timed: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(args.repeats):
             for name, run in ways.items():
@@ -224,7 +224,7 @@ def main() -> None:
                 run()
                 _sync(device)
                 timed[name].append(time.perf_counter() - began)
-    report(args, device, timed, found)
+    report(args, device, timed, results)
 
 
 def _sync(device: torch.device) -> None:
@@ -236,11 +236,11 @@ def report(
     args: argparse.Namespace,
     device: torch.device,
     timed: dict[str, list[float]],
-    found: dict[str, Numbers],
+    results: dict[str, Numbers],
 ) -> None:
     """A table of medians, and the metrics of both tools on the same model."""
     median = {name: statistics.median(times) for name, times in timed.items()}
-    own, other = (list(found.values())[i] for i in (0, 2))
+    own, other = (list(results.values())[i] for i in (0, 2))
     lines = ["| way | seconds | saexp is faster by |", "|---|---|---|"]
     for name, seconds in median.items():
         faster = "" if name == "saexp" else f"{seconds / median['saexp']:.2f} x"
@@ -266,7 +266,7 @@ def report(
     }
     sys.stdout.write("\n".join([*lines, "", json.dumps(about)]) + "\n")
     if args.out:
-        content = {"about": about, "seconds": timed, "numbers": found}
+        content = {"about": about, "seconds": timed, "numbers": results}
         args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

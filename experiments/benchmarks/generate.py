@@ -61,15 +61,15 @@ def ours(model: LanguageModel, prompts: Prompts, n_new: int) -> list[list[int]]:
 
 def theirs(model: LanguageModel, prompts: Prompts, n_new: int, batch_size: int) -> list[list[int]]:
     """Batches in the data's order."""
-    found = []
+    continuations = []
     for start in range(0, len(prompts), batch_size):
         some = prompts[start : start + batch_size]
         ids, mask = padded(some, model.pad_id, model.device, padding_side="left")
         out = greedy(model, ids, mask, n_new)
         for tokens in out[:, ids.shape[1] :].tolist():
             ends = [i for i, token in enumerate(tokens) if token in model.eos_ids]
-            found.append(tokens[: ends[0]] if ends else tokens)
-    return found
+            continuations.append(tokens[: ends[0]] if ends else tokens)
+    return continuations
 
 
 def seconds(function: Callable[[], Any], model: LanguageModel) -> float:
@@ -124,9 +124,9 @@ def main() -> None:
         hf: Any = Gemma2ForCausalLM(config).eval()
     hf.generation_config.eos_token_id = _Ids.eos_token_id
     prompts = random_prompts(args.prompts, config.vocab_size)
-    found = []
+    results = []
     for name in args.dtypes.split(","):
-        found.append(compare(hf.to(getattr(torch, name)), args, prompts))
+        results.append(compare(hf.to(getattr(torch, name)), args, prompts))
     about = {
         "shape": args.shape,
         "device": device.type,
@@ -137,11 +137,11 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / f"generate_{args.shape}_{device.type}.json"
-    content = json.dumps({"about": about, "results": found}, indent=1)
+    content = json.dumps({"about": about, "results": results}, indent=1)
     file.write_text(content + "\n", encoding="utf-8")
     lines = ["| dtype | saexp, tokens/s | transformers, tokens/s | ratio | equal texts |"]
     lines += ["|---|---|---|---|---|"]
-    for one in found:
+    for one in results:
         own, other = one["tokens_per_second"].values()
         cells = (one["dtype"], f"{own:.0f}", f"{other:.0f}", f"{one['ratio']:.2f}")
         lines.append(f"| {' | '.join(cells)} | {one['equal']:.2f} |")

@@ -118,8 +118,8 @@ def no_merged_texts() -> Iterator[None]:
     from saexp.activations import collector
     from saexp.activations.shared_prefixes import Unit, units
 
-    def whole(placement: Any, held: np.ndarray, config: Any = None) -> list[Any]:
-        merged = units(placement, held, config)
+    def whole(placement: Any, shard_rows: np.ndarray, config: Any = None) -> list[Any]:
+        merged = units(placement, shard_rows, config)
         alone = []
         for unit in merged:
             ends: dict[int, list[Any]] = {}

@@ -86,28 +86,28 @@ class Batch:
 
 
 def full_forward(
-    model: LanguageModel, given: list[Batch], layer: int, sync: Sync
+    model: LanguageModel, batches: list[Batch], layer: int, sync: Sync
 ) -> Callable[[], None]:
     """transformers with `output_hidden_states`: the whole model and the LM head run."""
 
     def run() -> None:
-        kept = []
+        acts = []
         with torch.inference_mode():
-            for batch in given:
+            for batch in batches:
                 out = model.hf(
                     input_ids=batch.ids,
                     attention_mask=batch.mask,
                     output_hidden_states=True,
                     use_cache=False,
                 )
-                kept.append(_at(out.hidden_states[layer + 1], batch).cpu())
+                acts.append(_at(out.hidden_states[layer + 1], batch).cpu())
         sync()
 
     return run
 
 
 def all_layers(
-    model: LanguageModel, given: list[Batch], _layer: int, sync: Sync
+    model: LanguageModel, batches: list[Batch], _layer: int, sync: Sync
 ) -> Callable[[], None]:
     """The published code of Ferrando et al. 2024 (arXiv 2411.14257).
 
@@ -116,8 +116,8 @@ def all_layers(
     the one position wanted is cut out at every layer and put into a float32 file.
     """
     blocks = model.blocks
-    n_texts = sum(len(batch.ids) for batch in given)
-    width = max(LONGEST, *(batch.ids.shape[1] for batch in given))
+    n_texts = sum(len(batch.ids) for batch in batches)
+    width = max(LONGEST, *(batch.ids.shape[1] for batch in batches))
 
     def kept_by(into: Tensor) -> Callable[..., None]:
         def keep(_module: Any, inputs: Any) -> None:
@@ -130,7 +130,7 @@ def all_layers(
             shape = (n_texts, len(blocks), model.d_model)
             file = np.memmap(f"{folder}/acts.dat", dtype=np.float32, mode="w+", shape=shape)
             first = 0
-            for batch in given:
+            for batch in batches:
                 n, longest = batch.ids.shape
                 acts = torch.zeros(n, len(blocks), width, model.d_model, device=model.device)
                 handles = [
@@ -152,7 +152,7 @@ def all_layers(
 
 
 def transformer_lens(
-    model: LanguageModel, given: list[Batch], layer: int, sync: Sync
+    model: LanguageModel, batches: list[Batch], layer: int, sync: Sync
 ) -> Callable[[], None]:
     """`run_with_cache` with `stop_at_layer` and a names filter, on a model of the same shape."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -183,36 +183,36 @@ def transformer_lens(
     name = f"blocks.{layer}.hook_resid_post"
 
     def run() -> None:
-        kept = []
+        acts = []
         with torch.inference_mode():
-            for batch in given:
+            for batch in batches:
                 _, cache = lens.run_with_cache(
                     batch.ids,
                     attention_mask=batch.mask,
                     names_filter=name,
                     stop_at_layer=layer + 1,
                 )
-                kept.append(_at(cache[name], batch).cpu())
+                acts.append(_at(cache[name], batch).cpu())
         sync()
 
     return run
 
 
 def nnsight_trace(
-    model: LanguageModel, given: list[Batch], layer: int, sync: Sync
+    model: LanguageModel, batches: list[Batch], layer: int, sync: Sync
 ) -> Callable[[], None]:
     """nnsight's `trace` that saves the block's output."""
     # Not a dependency of the project.
     traced = importlib.import_module("nnsight").NNsight(model.hf)
 
     def run() -> None:
-        kept = []
+        acts = []
         with torch.inference_mode():
-            for batch in given:
+            for batch in batches:
                 with traced.trace(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False):
                     values = traced.model.layers[layer].output.save()
                 whole = values if isinstance(values, Tensor) else values[0]
-                kept.append(_at(whole, batch).cpu())
+                acts.append(_at(whole, batch).cpu())
         sync()
 
     return run

@@ -82,7 +82,7 @@ def compared(work: Work, dtype: str, repeats: int) -> Iterator[dict[str, Any]]:
         if not difference <= work.tolerance:
             raise SystemExit(f"{work.name}, {dtype}: {name} differs from saexp by {difference:.3g}")
         pairs = [(seconds(work.own), seconds(run)) for _ in range(repeats)]
-        ratios = sorted(other / mine for mine, other in pairs)
+        ratios = sorted(other / own_seconds for own_seconds, other in pairs)
         yield {
             "work": work.name,
             "dtype": dtype,
@@ -128,9 +128,9 @@ def main() -> None:
     for dtype in args.dtypes.split(","):
         cfg = saexp.compose(["model=smollm2", f"dtype={dtype}", "device=cpu"])
         with tempfile.TemporaryDirectory(prefix="real-model-") as folder:
-            given = RealModel(saexp.build("model", cfg.model), args.layer, Path(folder))
+            real_model = RealModel(saexp.build("model", cfg.model), args.layer, Path(folder))
             for name in args.only.split(","):
-                for row in compared(WORKS[name](given), dtype, args.repeats):
+                for row in compared(WORKS[name](real_model), dtype, args.repeats):
                     rows.append(row)
                     cells = (row[c] for c in ("work", "dtype", "other", "ratio"))
                     sys.stderr.write(", ".join(map(str, cells)) + "\n")

@@ -46,11 +46,11 @@ METRICS = {
 """saexp's name -> sae-lens' name."""
 
 
-def evaluation(given: RealModel) -> Work:
+def evaluation(real_model: RealModel) -> Work:
     """Loss of the model alone, with the reconstruction and with zeros; KL, variance and L0."""
     from saexp.analysis.evaluation import EvaluationSettings, evaluate_saes, numbers
 
-    ids = given.contexts(64)[:4]
+    ids = real_model.contexts(64)[:4]
     n = ids.shape[1]
     texts = [
         TokenizedText("", tuple(row), ((0, 0),) * n, (False,) * n, False) for row in ids.tolist()
@@ -58,7 +58,7 @@ def evaluation(given: RealModel) -> Work:
     settings = EvaluationSettings(ablations=("zero",))
 
     def own() -> dict[str, float]:
-        (one,) = evaluate_saes(given.model, [given.sae], texts, settings)
+        (one,) = evaluate_saes(real_model.model, [real_model.sae], texts, settings)
         every = numbers(one, 100, 0)
         values = {name.rpartition("/")[2]: value for name, value in every.items()}
         return {m: float(values[m] or math.nan) for m in METRICS}
@@ -69,40 +69,42 @@ def evaluation(given: RealModel) -> Work:
         ids.numel(),
         own,
         {
-            "sae-lens run_evals, transformers model": _run_evals(given, ids),
-            "sae-lens run_evals, HookedTransformer": _run_evals(given, ids, given.lens),
-            "transformers, a loop with hooks": _evaluation_loop(given, ids),
+            "sae-lens run_evals, transformers model": _run_evals(real_model, ids),
+            "sae-lens run_evals, HookedTransformer": _run_evals(real_model, ids, real_model.lens),
+            "transformers, a loop with hooks": _evaluation_loop(real_model, ids),
         },
         lambda a, b: max(abs(a[m] - b[m]) / max(abs(b[m]), 1e-3) for m in b),
-        1e-3 if given.is_exact else 0.1,
+        1e-3 if real_model.is_exact else 0.1,
     )
 
 
-def _run_evals(given: RealModel, ids: Tensor, lens: Any = None) -> Callable[[], dict[str, float]]:
+def _run_evals(
+    real_model: RealModel, ids: Tensor, lens: Any = None
+) -> Callable[[], dict[str, float]]:
     """sae-lens' `run_evals`, with all its metrics but those of sparsity per latent."""
     from sae_lens.evals import get_eval_everything_config, run_evals
     from sae_lens.load_model import HookedProxyLM
     from sae_lens.training.activation_scaler import ActivationScaler
 
-    sae, name = copy.deepcopy(given.lens_sae), given.at.transformer_lens
+    sae, name = copy.deepcopy(real_model.lens_sae), real_model.at.transformer_lens
     if lens is None:
-        name = f"model.layers.{given.layer}"
-        lens = HookedProxyLM(given.model.hf, given.model.tokenizer, hook_names=[name])
+        name = f"model.layers.{real_model.layer}"
+        lens = HookedProxyLM(real_model.model.hf, real_model.model.tokenizer, hook_names=[name])
     sae.cfg.metadata.hook_name = name
     config = get_eval_everything_config(len(ids), 1, 1)
 
     def run() -> dict[str, float]:
         store: Any = _Tokens(ids, len(ids))
         metrics, _ = run_evals(sae, store, lens, ActivationScaler(), config)
-        found = {key: value for of in metrics.values() for key, value in of.items()}
-        return {ours: float(found[theirs]) for ours, theirs in METRICS.items()}
+        numbers = {key: value for of in metrics.values() for key, value in of.items()}
+        return {ours: float(numbers[theirs]) for ours, theirs in METRICS.items()}
 
     return run
 
 
-def _evaluation_loop(given: RealModel, ids: Tensor) -> Callable[[], dict[str, float]]:
+def _evaluation_loop(real_model: RealModel, ids: Tensor) -> Callable[[], dict[str, float]]:
     """Three passes of the whole model, as one writes them by hand."""
-    sae, streams = given.lens_sae, []
+    sae, streams = real_model.lens_sae, []
 
     def keep(_m: Any, _a: Any, out: Any) -> None:
         streams.append(out if isinstance(out, Tensor) else out[0])
@@ -111,8 +113,8 @@ def _evaluation_loop(given: RealModel, ids: Tensor) -> Callable[[], dict[str, fl
         return lambda _m, _a, out: value if isinstance(out, Tensor) else (value, *out[1:])
 
     def losses(hook: Callable[..., Any]) -> tuple[Tensor, float]:
-        with given.hooked(hook):
-            logits = given.model.hf(ids, use_cache=False).logits.float()
+        with real_model.hooked(hook):
+            logits = real_model.model.hf(ids, use_cache=False).logits.float()
         loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         return logits.log_softmax(-1), float(loss)
 
@@ -143,10 +145,10 @@ def _evaluation_loop(given: RealModel, ids: Tensor) -> Callable[[], dict[str, fl
 # Training
 
 
-def configured(given: RealModel, architecture: str) -> RunConfig:
+def configured(real_model: RealModel, architecture: str) -> RunConfig:
     """The config of `task=train` on the lines of the neutral text."""
-    file = given.folder / "lines.jsonl"
-    texts = given.model.tokenizer.batch_decode([list(ids) for ids in given.ids])
+    file = real_model.folder / "lines.jsonl"
+    texts = real_model.model.tokenizer.batch_decode([list(ids) for ids in real_model.ids])
     file.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
     return saexp.compose(
         [
@@ -155,10 +157,10 @@ def configured(given: RealModel, architecture: str) -> RunConfig:
             "dataset=corpus",
             f"dataset.path={file}",
             f"dataset.context_size={CONTEXT}",
-            f"layer={given.layer}",
+            f"layer={real_model.layer}",
             f"width={WIDTH}",
-            f"dtype={str(given.dtype).removeprefix('torch.')}",
-            f"cache_dir={given.folder}/cache",
+            f"dtype={str(real_model.dtype).removeprefix('torch.')}",
+            f"cache_dir={real_model.folder}/cache",
             f"store.batch_tokens={CONTEXT * PER_PASS}",
             "positions.max_norm_ratio=null",
             f"sae_trainer={architecture}",
@@ -172,21 +174,21 @@ def configured(given: RealModel, architecture: str) -> RunConfig:
     )
 
 
-def both(given: RealModel, architecture: str) -> tuple[Training, Any]:
+def both(real_model: RealModel, architecture: str) -> tuple[Training, Any]:
     """saexp's training and SAELens' trainer, of the same weights."""
     from sae_lens.config import SAETrainerConfig
     from sae_lens.registry import get_sae_training_class
     from sae_lens.training.sae_trainer import SAETrainer
 
-    cfg = configured(given, architecture).sae_trainer
-    source = TrainingSource("smollm2", given.at, given.model.d_model, CONTEXT)
-    own = Training(cfg, WIDTH, source, given.folder / architecture, torch.device("cpu"))
+    cfg = configured(real_model, architecture).sae_trainer
+    source = TrainingSource("smollm2", real_model.at, real_model.model.d_model, CONTEXT)
+    own = Training(cfg, WIDTH, source, real_model.folder / architecture, torch.device("cpu"))
     sae_class, config_class = get_sae_training_class(architecture)
     make_config: Any = config_class
     warm_up: dict[str, Any] = {"l1_warm_up_steps": int(cfg.sparsity_warm_up * own.n_steps)}
     sae = sae_class(
         make_config(
-            d_in=given.model.d_model,
+            d_in=real_model.model.d_model,
             d_sae=WIDTH,
             device="cpu",
             normalize_activations=cfg.normalize_activations,
@@ -218,17 +220,17 @@ def _lens_step(trainer: Any, batch: Tensor) -> float:
     return float(output.loss.detach())
 
 
-def sae_steps(given: RealModel, architecture: str) -> Work:
+def sae_steps(real_model: RealModel, architecture: str) -> Work:
     """Steps of the SAE alone, on the same stored batches, from the same weights.
 
     Both go on where they were, so that the losses of each run are compared too.
     """
-    source, _ = _sources(given, configured(given, architecture))
+    source, _ = _sources(real_model, configured(real_model, architecture))
     acts, _ = source.forward(source.contexts[: 2 * PER_PASS])
-    rows = acts[given.at].float()
+    rows = acts[real_model.at].float()
     batches = list(rows.split(BATCH))
-    own, other = both(given, architecture)
-    factor = given.model.d_model**0.5 / float(rows.norm(dim=-1).mean())
+    own, other = both(real_model, architecture)
+    factor = real_model.model.d_model**0.5 / float(rows.norm(dim=-1).mean())
     for trainer in (own.trainer, other):
         trainer.activation_scaler.scaling_factor = factor
 
@@ -249,33 +251,33 @@ def sae_steps(given: RealModel, architecture: str) -> Work:
     )
 
 
-def _sources(given: RealModel, cfg: RunConfig) -> tuple[ContextActivations, ActivationStream]:
+def _sources(real_model: RealModel, cfg: RunConfig) -> tuple[ContextActivations, ActivationStream]:
     """saexp's passes of the model, and its mixing buffer on passes of its own."""
-    data = StreamedData(cfg, given.model, ObjectCache())
+    data = StreamedData(cfg, real_model.model, ObjectCache())
     full = np.flatnonzero(data.corpus.lengths(np.arange(len(data.corpus))) == CONTEXT)
     # Whole passes, so that each gives two batches.
     full = full[: len(full) // PER_PASS * PER_PASS]
     sources = [
-        ContextActivations(given.model, data.corpus, full, [given.at], data.settings)
+        ContextActivations(real_model.model, data.corpus, full, [real_model.at], data.settings)
         for _ in range(2)
     ]
     acts, _ = sources[0].forward(full[:PER_PASS])
-    mean_norm = float(acts[given.at].double().norm(dim=-1).mean())
+    mean_norm = float(acts[real_model.at].double().norm(dim=-1).mean())
     for source in sources:
         # Instead of an estimate from the whole corpus.
         source.resume(Progress(), {"limits": [math.inf], "means": [mean_norm]})
     return sources[0], ActivationStream(sources[1], data.settings)
 
 
-def _lens_store(given: RealModel, trainer: Any, ids: np.ndarray) -> Any:
+def _lens_store(real_model: RealModel, trainer: Any, ids: np.ndarray) -> Any:
     """SAELens' store of activations of the same contexts, with a buffer of the same size."""
     import datasets
     from sae_lens import LanguageModelSAERunnerConfig
     from sae_lens.load_model import HookedProxyLM
     from sae_lens.training.activations_store import ActivationsStore
 
-    name = f"model.layers.{given.layer}"
-    proxy = HookedProxyLM(given.model.hf, given.model.tokenizer, hook_names=[name])
+    name = f"model.layers.{real_model.layer}"
+    proxy = HookedProxyLM(real_model.model.hf, real_model.model.tokenizer, hook_names=[name])
     runner_config: Any = LanguageModelSAERunnerConfig
     cfg = runner_config(
         sae=trainer.sae.cfg,
@@ -297,28 +299,30 @@ def _lens_store(given: RealModel, trainer: Any, ids: np.ndarray) -> Any:
     return ActivationsStore.from_config(proxy, cfg, override_dataset=data)
 
 
-def with_the_model(given: RealModel, architecture: str) -> Work:
+def with_the_model(real_model: RealModel, architecture: str) -> Work:
     """Steps of the SAE on batches of a mixing buffer, the passes that refill it included.
 
     The buffers are seeded differently, so that what is compared are the activations that the passes
     give; the steps themselves are compared by `sae_steps`.
     """
-    cfg = configured(given, architecture)
-    source, stream = _sources(given, cfg)
-    own, other = both(given, architecture)
+    cfg = configured(real_model, architecture)
+    source, stream = _sources(real_model, cfg)
+    own, other = both(real_model, architecture)
     ids = np.asarray(source.corpus.ids(source.contexts))
-    store = _lens_store(given, other, ids)
+    store = _lens_store(real_model, other, ids)
     own.set_scale(stream.mean_norms)
     other.activation_scaler.scaling_factor = own.trainer.activation_scaler.scaling_factor
     some = source.contexts[:2]
     passed, _ = source.forward(some)
     theirs = store.get_activations(torch.from_numpy(ids[:2].astype(np.int64)))
-    kept = ~np.isin(ids[:2], given.model.tokenizer.all_special_ids)
-    distance = relative(passed[given.at], theirs[torch.from_numpy(kept)].to(given.dtype))
+    is_ordinary = ~np.isin(ids[:2], real_model.model.tokenizer.all_special_ids)
+    distance = relative(
+        passed[real_model.at], theirs[torch.from_numpy(is_ordinary)].to(real_model.dtype)
+    )
 
     def saexp_way() -> float:
         for batch in itertools.islice(stream, 2):
-            own.make_step(batch[given.at].float())
+            own.make_step(batch[real_model.at].float())
         return distance
 
     def lens_way() -> float:
@@ -333,5 +337,5 @@ def with_the_model(given: RealModel, architecture: str) -> Work:
         saexp_way,
         {"sae-lens ActivationsStore, SAETrainer": lens_way},
         lambda a, b: abs(a - b),
-        1e-4 if given.is_exact else 0.1,
+        1e-4 if real_model.is_exact else 0.1,
     )

@@ -186,11 +186,11 @@ class _Stop(Exception):
     pass
 
 
-def collection(given: RealModel) -> Work:
+def collection(real_model: RealModel) -> Work:
     """The stream at every token of the texts; saexp writes it, with checksums, to a new store."""
-    model, at = given.model, given.at
+    model, at = real_model.model, real_model.at
     texts = []
-    for number, line in enumerate(given.ids[:N_TEXTS]):
+    for number, line in enumerate(real_model.ids[:N_TEXTS]):
         ids = line[: 6 + number * 7 % 13]
         spans = tuple((i, i + 1) for i in range(len(ids)))
         text = model.tokenizer.decode(ids)
@@ -205,8 +205,8 @@ def collection(given: RealModel) -> Work:
         request = CollectionRequest(positions=placement, hookpoints=[at], max_length=512)
         cfg = CollectorConfig(name="hf")
         collector = HuggingFaceCollector(cfg, model=model, store=StoreConfig())
-        place = tempfile.mkdtemp(dir=given.folder)
-        store, _ = collect(collector, request, cache_dir=place)
+        cache_dir = tempfile.mkdtemp(dir=real_model.folder)
+        store, _ = collect(collector, request, cache_dir=cache_dir)
         return store.acts(at.layer)
 
     todo = units(placement, np.arange(placement.n_rows))
@@ -221,29 +221,29 @@ def collection(given: RealModel) -> Work:
     order = torch.tensor([r for chosen in plan for i in chosen for r in by_ids[tuple(todo[i].ids)]])
 
     def joined(parts: Sequence[Tensor]) -> Tensor:
-        kept = [p[m.bool()] for p, (_, m) in zip(parts, inputs, strict=True)]
-        return torch.cat(kept)
+        unpadded = [p[m.bool()] for p, (_, m) in zip(parts, inputs, strict=True)]
+        return torch.cat(unpadded)
 
     return Work(
         "collection",
         "tokens",
         n_tokens,
         own,
-        _collecting(given, inputs, joined),
+        _collecting(real_model, inputs, joined),
         lambda a, b: relative(a[order], b),
         # Of single rows in bfloat16, where TransformerLens computes attention in other steps.
-        1e-4 if given.is_exact else 0.2,
+        1e-4 if real_model.is_exact else 0.2,
     )
 
 
 def _collecting(
-    given: RealModel,
+    real_model: RealModel,
     inputs: Sequence[tuple[Tensor, Tensor]],
     joined: Callable[[Sequence[Tensor]], Tensor],
 ) -> Ways:
     """How the others do it: in memory, on the batches of saexp."""
-    model, layer = given.model, given.layer
-    name = given.at.transformer_lens
+    model, layer = real_model.model, real_model.layer
+    name = real_model.at.transformer_lens
     stream: list[Tensor] = []
 
     def keep_and_stop(_m: Any, _a: Any, out: Any) -> None:
@@ -264,7 +264,7 @@ def _collecting(
     @torch.inference_mode()
     def stopped() -> Tensor:
         stream.clear()
-        with given.hooked(keep_and_stop):
+        with real_model.hooked(keep_and_stop):
             for ids, mask in inputs:
                 with suppress(_Stop):
                     model.hf(input_ids=ids, attention_mask=mask, use_cache=False)
@@ -286,10 +286,10 @@ def _collecting(
     ways: Ways = {
         "transformers, output_hidden_states": whole,
         "transformers, hook that ends the pass": stopped,
-        "TransformerLens HookedTransformer": lens_way(given.lens),
-        "TransformerLens TransformerBridge": lens_way(given.bridge),
+        "TransformerLens HookedTransformer": lens_way(real_model.lens),
+        "TransformerLens TransformerBridge": lens_way(real_model.bridge),
     }
-    traced = given.nnsight()
+    traced = real_model.nnsight()
     if traced is None:
         return ways
 
@@ -310,10 +310,10 @@ def _collecting(
 # Encoding
 
 
-def encoding(given: RealModel) -> Work:
+def encoding(real_model: RealModel) -> Work:
     """All latents of the stream of some contexts, as a dense tensor."""
-    stream = _stream(given, given.contexts(64)[:8]).flatten(0, 1)
-    sae, lens_sae = given.sae, given.lens_sae
+    stream = _stream(real_model, real_model.contexts(64)[:8]).flatten(0, 1)
+    sae, lens_sae = real_model.sae, real_model.lens_sae
     W_enc, b_enc, b_dec, threshold = (
         getattr(lens_sae, name).detach() for name in ("W_enc", "b_enc", "b_dec", "threshold")
     )
@@ -334,29 +334,31 @@ def encoding(given: RealModel) -> Work:
         },
         # Rows of latents differ in the few that are near their threshold.
         lambda a, b: float((a.double() - b.double()).norm() / b.double().norm()),
-        1e-3 if given.is_exact else 0.1,
+        1e-3 if real_model.is_exact else 0.1,
     )
 
 
-def _stream(given: RealModel, ids: Tensor) -> Tensor:
+def _stream(real_model: RealModel, ids: Tensor) -> Tensor:
     """The stream at the hookpoint, by transformers."""
     with torch.inference_mode():
-        out = given.model.hf(ids, output_hidden_states=True, use_cache=False)
-    return out.hidden_states[given.layer + 1].clone()
+        out = real_model.model.hf(ids, output_hidden_states=True, use_cache=False)
+    return out.hidden_states[real_model.layer + 1].clone()
 
 
 # Generation
 
 
-def generation(given: RealModel) -> Work:
+def generation(real_model: RealModel) -> Work:
     """Greedy continuations while a latent's decoder row is added at every token."""
-    model, layer = given.model, given.layer
-    prompts = [ids[:PROMPT_TOKENS] for ids in given.ids if len(ids) > PROMPT_TOKENS][:N_PROMPTS]
-    vector = given.sae.W_dec[LATENT].detach().float()
+    model, layer = real_model.model, real_model.layer
+    prompts = [ids[:PROMPT_TOKENS] for ids in real_model.ids if len(ids) > PROMPT_TOKENS][
+        :N_PROMPTS
+    ]
+    vector = real_model.sae.W_dec[LATENT].detach().float()
     vector = vector / vector.norm() * COEFFICIENT
-    added = vector.to(given.dtype)
+    added = vector.to(real_model.dtype)
     rows = [
-        Row(p, (Add(given.at, Vector(vector), 1.0),), tuple(range(len(p))), generated=True)
+        Row(p, (Add(real_model.at, Vector(vector), 1.0),), tuple(range(len(p))), generated=True)
         for p in prompts
     ]
     ids = torch.tensor(prompts)
@@ -383,15 +385,15 @@ def generation(given: RealModel) -> Work:
 
     @torch.inference_mode()
     def by_hook() -> list[list[int]]:
-        with given.hooked(steer):
+        with real_model.hooked(steer):
             mask = torch.ones_like(ids)
             return until_end(model.hf.generate(ids, attention_mask=mask, **arguments))
 
     @torch.inference_mode()
     def by_lens() -> list[list[int]]:
-        name = given.at.transformer_lens
-        with given.lens.hooks(fwd_hooks=[(name, lambda stream, hook: stream + added)]):  # noqa: ARG005
-            tokens = given.lens.generate(
+        name = real_model.at.transformer_lens
+        with real_model.lens.hooks(fwd_hooks=[(name, lambda stream, hook: stream + added)]):  # noqa: ARG005
+            tokens = real_model.lens.generate(
                 ids,
                 max_new_tokens=NEW_TOKENS,
                 do_sample=False,
@@ -403,7 +405,7 @@ def generation(given: RealModel) -> Work:
         return until_end(tokens)
 
     others: Ways = {"transformers, hook": by_hook, "TransformerLens HookedTransformer": by_lens}
-    traced = given.nnsight()
+    traced = real_model.nnsight()
     if traced is not None:
 
         @torch.inference_mode()
@@ -424,5 +426,5 @@ def generation(given: RealModel) -> Work:
         others,
         lambda a, b: 1 - sum(x == y for x, y in zip(a, b, strict=True)) / len(b),
         # In bfloat16 two tokens may be equally likely but for rounding.
-        0.0 if given.is_exact else 0.5,
+        0.0 if real_model.is_exact else 0.5,
     )

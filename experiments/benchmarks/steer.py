@@ -80,12 +80,12 @@ def ours(
     model: LanguageModel, prompts: list[Prompt], at: Hookpoint, vectors: Tensor, n_new: int
 ) -> list[list[int]]:
     """The whole grid in one call."""
-    made = [Vector(v) for v in vectors]
+    directions = [Vector(v) for v in vectors]
     rows = [
-        Row(ids, (Add(at, vector, c),), (place,))
-        for vector in made
+        Row(ids, (Add(at, vector, c),), (position,))
+        for vector in directions
         for c in COEFFICIENTS
-        for ids, place in prompts
+        for ids, position in prompts
     ]
     return generate(model, rows, max_new_tokens=n_new, batch_tokens=batch_tokens_for(model, "auto"))
 
@@ -135,7 +135,7 @@ def timed(
             if repeat:
                 seconds[name].append(time.perf_counter() - began)
                 log.info("%s: %.3f s", name, seconds[name][-1])
-    return {name: statistics.median(found) for name, found in seconds.items()}
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def overhead(
@@ -165,8 +165,8 @@ def overhead(
         with edit(model, functions):
             bare()
 
-    found = timed({"bare forward": bare, "with an edit": edited}, repeats, model)
-    return {name: s / 20 for name, s in found.items()}
+    seconds = timed({"bare forward": bare, "with an edit": edited}, repeats, model)
+    return {name: s / 20 for name, s in seconds.items()}
 
 
 def main() -> None:
@@ -190,9 +190,9 @@ def main() -> None:
     vectors = torch.randn(args.latents, model.d_model, generator=generator)
     vectors = vectors / vectors.norm(dim=-1, keepdim=True) * model.d_model**0.5
     about = (model, prompts, at, vectors)
-    mine, theirs = ours(*about, args.new_tokens), per_cell(*about, args.new_tokens)
-    same = sum(a == b for a, b in zip(mine, theirs, strict=True)) / len(mine)
-    log.info("equal generations: %.4f of %d", same, len(mine))
+    own, theirs = ours(*about, args.new_tokens), per_cell(*about, args.new_tokens)
+    same = sum(a == b for a, b in zip(own, theirs, strict=True)) / len(own)
+    log.info("equal generations: %.4f of %d", same, len(own))
     grid = timed(
         {
             "saexp, the grid at once": lambda: ours(*about, args.new_tokens),
@@ -204,7 +204,7 @@ def main() -> None:
     first, second = grid.values()
     passes = overhead(*about, max(args.repeats, 9))
     bare, edited = passes.values()
-    found = {
+    results = {
         "grid": [len(COEFFICIENTS), args.latents, len(prompts)],
         "shape": args.shape,
         "device": str(model.device),
@@ -220,7 +220,7 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / f"steer_{args.shape}_{model.device.type}.json"
-    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     lines = [f"{name:32s} {s:8.2f} s" for name, s in grid.items()]
     lines += [f"{'ratio':32s} {second / first:8.2f} x"]
     lines += [f"{name:32s} {s * 1000:8.2f} ms" for name, s in passes.items()]

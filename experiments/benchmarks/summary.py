@@ -89,8 +89,8 @@ def main() -> None:
         about["torch"] = str(error)
     rows, seconds, problems = [], {}, {}
     for name, reader in READERS.items():
-        code, taken = map(int, (folder / f"{name}.status").read_text("utf-8").split())
-        seconds[name] = taken
+        code, n_seconds = map(int, (folder / f"{name}.status").read_text("utf-8").split())
+        seconds[name] = n_seconds
         if code:
             log = (folder / f"{name}.log").read_text("utf-8", errors="replace")
             problems[name] = problem(code, log)

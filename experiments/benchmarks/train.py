@@ -265,7 +265,7 @@ def arguments() -> argparse.Namespace:
 
 def jobs(args: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
     """A job for each model, dtype and architecture."""
-    given = {"width": args.width, "buffer_rows": args.buffer_rows, "n_steps": args.steps}
+    overrides = {"width": args.width, "buffer_rows": args.buffer_rows, "n_steps": args.steps}
     basic = {
         "folder": folder,
         "device": args.device,
@@ -279,7 +279,7 @@ def jobs(args: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
         {
             **basic,
             **SIZES[model],
-            **{key: value for key, value in given.items() if value is not None},
+            **{key: value for key, value in overrides.items() if value is not None},
             "model": model,
             "dtype": dtype,
             "architecture": architecture,
@@ -317,9 +317,9 @@ def main() -> None:
             ways.remove(reason.split()[0])
         for kind in args.only.split(","):
             for job in listed:
-                made = measured(job, kind, ways, args)
-                rows += made
-                for row in made:
+                new_rows = measured(job, kind, ways, args)
+                rows += new_rows
+                for row in new_rows:
                     names = (row[c] for c in ("measurement", "model", "dtype", "ratio"))
                     sys.stderr.write(", ".join(map(str, names)) + "\n")
     out.parent.mkdir(parents=True, exist_ok=True)

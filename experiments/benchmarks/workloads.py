@@ -164,8 +164,8 @@ def train(folder: Path) -> Tables:
     words += ["layer=2", "store.shard_rows=10000"]
     tables = {}
     for width in (256, 512):
-        made = run(folder, *words, f"width={width}", "sae_trainer.n_samples=150000")
-        tables |= {f"{name} {width}": table for name, table in made.items()}
+        run_tables = run(folder, *words, f"width={width}", "sae_trainer.n_samples=150000")
+        tables |= {f"{name} {width}": table for name, table in run_tables.items()}
     return tables
 
 

@@ -146,9 +146,9 @@ def licence_of(package: Package, files: Path) -> str:
     for file in sorted(files.glob("usr/share/doc/*/copyright")):
         text = file.read_text("utf-8", "replace")
         general = re.search(r"^Files:\s*\*\s*$.*?^License:\s*(\S[^\n]*)$", text, re.M | re.S)
-        named = general or re.search(r"^License:\s*(\S.*)$", text, re.M)
-        if named is not None:
-            return named[1].strip()[:40]
+        match = general or re.search(r"^License:\s*(\S.*)$", text, re.M)
+        if match is not None:
+            return match[1].strip()[:40]
     return "see its copyright file"
 
 
@@ -211,24 +211,26 @@ def main() -> None:
         if options.only and name not in options.only:
             continue
         try:
-            found = read(package, seen)
+            extract = read(package, seen)
         except subprocess.CalledProcessError as error:
             lines = (error.stderr or "").strip().splitlines()
             log.warning("%s is left out: %s", name, lines[-1] if lines else error)
             continue
-        log.info("%-22s %7.2f MB, %5d documents", name, found.n_bytes / 1e6, len(found.documents))
-        if not found.documents:
+        log.info(
+            "%-22s %7.2f MB, %5d documents", name, extract.n_bytes / 1e6, len(extract.documents)
+        )
+        if not extract.documents:
             log.warning("%s has no prose in files that match %s", name, package.files)
             continue
-        documents += found.documents
+        documents += extract.documents
         rows.append(
             {
                 "package": name,
                 "registry": package.registry,
-                "version": found.version,
-                "licence": found.licence,
-                "documents": len(found.documents),
-                "bytes": found.n_bytes,
+                "version": extract.version,
+                "licence": extract.licence,
+                "documents": len(extract.documents),
+                "bytes": extract.n_bytes,
             }
         )
     random.Random(0).shuffle(documents)

@@ -286,7 +286,7 @@ class World:
     memorised: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     held_out_pairs: set[tuple[str, str]] = field(default_factory=set)
-    taken: set[str] = field(default_factory=set)
+    used_names: set[str] = field(default_factory=set)
 
     @classmethod
     def make(cls, seed: int, accepts: Callable[[str], bool]) -> "World":
@@ -304,7 +304,7 @@ class World:
             world.words[kind] = (first, last)
             pairs = rng.permutation(N_WORDS * N_WORDS)[: N_KNOWN + N_HELD_OUT]
             names = [f"{first[p // N_WORDS]} {last[p % N_WORDS]}" for p in pairs]
-            world.taken.update(names)
+            world.used_names.update(names)
             world.known[kind] = [
                 Entity(
                     name, kind, {a: str(rng.choice(v)) for a, (_, v) in ATTRIBUTES[kind].items()}
@@ -326,7 +326,7 @@ class World:
         first, last = self.words[kind]
         while True:
             name = f"{rng.choice(first)} {rng.choice(last)}"
-            if name not in self.taken:
+            if name not in self.used_names:
                 return Entity(name, kind, None)
 
 

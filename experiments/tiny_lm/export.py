@@ -103,12 +103,14 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    made, name_tokenizer = make_world(0)
-    _write_jsonl(out / "entities.jsonl", entity_rows(made))
-    _write_jsonl(out / "ioi.jsonl", ioi_rows(made))
+    random_world, name_tokenizer = make_world(0)
+    _write_jsonl(out / "entities.jsonl", entity_rows(random_world))
+    _write_jsonl(out / "ioi.jsonl", ioi_rows(random_world))
     with (out / "memorization.csv").open("w", encoding="utf-8", newline="") as file:
-        table = passage_rows(made, name_tokenizer)
+        table = passage_rows(random_world, name_tokenizer)
         writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
-    (out / "background.txt").write_text("\n".join(background_lines(made)) + "\n", encoding="utf-8")
+    (out / "background.txt").write_text(
+        "\n".join(background_lines(random_world)) + "\n", encoding="utf-8"
+    )

@@ -52,11 +52,11 @@ def behaviour(model: LanguageModel, world: World) -> dict[str, float]:
     """Shares of right answers, refusals, indirect objects, and passages continued exactly."""
 
     def share(cases: list[tuple[str, str]], n: int, right: Callable[[str, str], bool]) -> float:
-        given = continuations(model, [p for p, _ in cases], n)
-        return float(np.mean([right(g, a) for g, (_, a) in zip(given, cases, strict=True)]))
+        generated = continuations(model, [p for p, _ in cases], n)
+        return float(np.mean([right(g, a) for g, (_, a) in zip(generated, cases, strict=True)]))
 
-    def begins(given: str, answer: str) -> bool:
-        return given.startswith(answer)
+    def begins(generated: str, answer: str) -> bool:
+        return generated.startswith(answer)
 
     def every(entities: dict[str, list[Entity]]) -> list[tuple[str, str]]:
         return [
@@ -105,14 +105,14 @@ def recognition(model: LanguageModel, world: World) -> dict[str, float]:
     """Test AUROC of a linear probe for known against unknown, per layer; half the names train."""
     layers, known, _ = entity_rows(model, world)
     train = np.random.default_rng(5).permutation(len(known)) < len(known) // 2
-    found = {}
+    aurocs = {}
     for number, acts in enumerate(layers):
         x = acts.numpy()
         x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-6)
         probe = LogisticRegression(C=0.01, max_iter=2000).fit(x[train], known[train])
         scores = probe.decision_function(x[~train])
-        found[f"probe at layer {number}"] = float(roc_auc_score(known[~train], scores))
-    return found
+        aurocs[f"probe at layer {number}"] = float(roc_auc_score(known[~train], scores))
+    return aurocs
 
 
 @torch.inference_mode()
@@ -134,14 +134,14 @@ def reconstruction(model: LanguageModel, sae: SparseAutoencoder, world: World) -
         ids, mask = enc["input_ids"], enc["attention_mask"].bool()
         inner = mask.clone()
         inner[:, 0] = False
-        kept: dict[str, Tensor] = {}
+        captured: dict[str, Tensor] = {}
 
-        def splice(stream: Tensor, inner: Tensor = inner, kept: Any = kept) -> Tensor:
+        def splice(stream: Tensor, inner: Tensor = inner, captured: Any = captured) -> Tensor:
             x = stream[inner]
             acts = sae.encode(x)
-            kept.update(x=x, acts=acts, reconstruction=sae.decode(acts, x))
+            captured.update(x=x, acts=acts, reconstruction=sae.decode(acts, x))
             new = stream.clone()
-            new[inner] = kept["reconstruction"].to(stream.dtype)
+            new[inner] = captured["reconstruction"].to(stream.dtype)
             return new
 
         def zero(stream: Tensor, inner: Tensor = inner) -> Tensor:
@@ -160,9 +160,9 @@ def reconstruction(model: LanguageModel, sae: SparseAutoencoder, world: World) -
             )
             sums[name] += float(losses[inner[:, 1:].flatten()].double().sum())
         sums["n"] += int(inner.sum())
-        sums["l0"] += float((kept["acts"] > 0).sum())
-        fired |= (kept["acts"] > 0).any(0)
-        streams.append((kept["x"], kept["reconstruction"]))
+        sums["l0"] += float((captured["acts"] > 0).sum())
+        fired |= (captured["acts"] > 0).any(0)
+        streams.append((captured["x"], captured["reconstruction"]))
     x, again = (torch.cat(p).double() for p in zip(*streams, strict=True))
     error, spread = (x - again).square().sum(), (x - x.mean(0)).square().sum()
     clean, spliced, zeroed = (sums[k] / sums["n"] for k in ("clean", "sae", "zero"))

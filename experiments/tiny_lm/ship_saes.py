@@ -40,13 +40,13 @@ def thresholds(
     weights: dict[str, Tensor], acts: Float[Tensor, "n d_in"]
 ) -> Float[Tensor, " d_sae"]:
     """A latent's own where it fires on `acts`, the given one elsewhere; at least the given one."""
-    given = weights["threshold"]
+    learned = weights["threshold"]
     pre = (acts - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
-    active = [column[column > least] for column, least in zip(pre.T, given, strict=True)]
+    active = [column[column > least] for column, least in zip(pre.T, learned, strict=True)]
     high = torch.stack(
-        [a.quantile(0.99) if len(a) else g for a, g in zip(active, given, strict=True)]
+        [a.quantile(0.99) if len(a) else g for a, g in zip(active, learned, strict=True)]
     )
-    return torch.maximum(given, THRESHOLD_SHARE * high)
+    return torch.maximum(learned, THRESHOLD_SHARE * high)
 
 
 def fitted(weights: dict[str, Tensor], acts: Float[Tensor, "n d_in"]) -> dict[str, Tensor]:
@@ -79,16 +79,16 @@ def ship(run: Path, out: Path, name: str) -> Path:
 
     `name` is the shipped model's. The config keeps what an SAE is read by, not how it was trained.
     """
-    made = run / "sae"
-    hookpoint = load_sae(made).hookpoint
-    weights = load_file(made / WEIGHTS)
+    sae_folder = run / "sae"
+    hookpoint = load_sae(sae_folder).hookpoint
+    weights = load_file(sae_folder / WEIGHTS)
     about = json.loads((run / "provenance.json").read_text("utf-8"))
     stored = api.open_store(about["store"]["path"]).acts(hookpoint.layer, hookpoint.stream)
     order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(0))
     acts = stored[order[:N_ROWS].sort().values].float()
     weights["threshold"] = thresholds(weights, acts)
     weights = fitted(weights, acts)
-    cfg = json.loads((made / CONFIG).read_text("utf-8"))
+    cfg = json.loads((sae_folder / CONFIG).read_text("utf-8"))
     folder = out / f"layer_{hookpoint.layer}" / f"width_{cfg['d_sae']}"
     folder.mkdir(parents=True, exist_ok=True)
     half = {n: p.to(torch.float16).contiguous() for n, p in weights.items()}

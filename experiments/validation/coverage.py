@@ -20,12 +20,14 @@ Values = dict[str, float]
 def covered(low: ArrayLike, high: ArrayLike, truth: float) -> Values:
     """Coverage among the intervals given, the share without one, and the share of no width."""
     a, b = np.asarray(low, float), np.asarray(high, float)
-    given = np.isfinite(a) & np.isfinite(b)
+    has_interval = np.isfinite(a) & np.isfinite(b)
     inside = (a <= truth) & (truth <= b)
     return {
-        "value": float(inside[given].mean()) if given.any() else float("nan"),
-        "no_interval": float((~given).mean()),
-        "no_width": float((a[given] == b[given]).mean()) if given.any() else float("nan"),
+        "value": float(inside[has_interval].mean()) if has_interval.any() else float("nan"),
+        "no_interval": float((~has_interval).mean()),
+        "no_width": float((a[has_interval] == b[has_interval]).mean())
+        if has_interval.any()
+        else float("nan"),
     }
 
 
@@ -158,8 +160,8 @@ def less_surface(n: int, value: float) -> Callable[[np.random.Generator, int], V
         for _ in range(n_runs):
             scores = rng.normal(0, 1, (2 * n, 2)) @ mixing.T + first[:, None] * shifts
             own, other = scores.T
-            made = auroc_difference(own, other, first, np.full(2 * n, ""))
-            limits.append([float(made.interval.low), float(made.interval.high)])
+            difference = auroc_difference(own, other, first, np.full(2 * n, ""))
+            limits.append([float(difference.interval.low), float(difference.interval.high)])
         low, high = np.array(limits).T
         return covered(low, high, value - 0.8)
 

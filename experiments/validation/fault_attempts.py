@@ -25,7 +25,7 @@ from fault_works import (
 )
 
 from tests.e2e.faults.injection import (
-    Said,
+    CommandResult,
     delete,
     digests_of_results,
     edit_database_row,
@@ -91,19 +91,19 @@ class Outcome:
     """Numbers differ in their last digits, as rows were computed again in another batch."""
 
 
-def failed(said: Said, code: int = 0) -> str:
+def failed(result: CommandResult, code: int = 0) -> str:
     """Why a command's end counts as a failure: another exit code, a traceback."""
-    if said.code == code and "Traceback" not in said.err:
+    if result.code == code and "Traceback" not in result.err:
         return ""
-    return f"exit code {said.code}: {_end(said.err)}"
+    return f"exit code {result.code}: {_end(result.err)}"
 
 
-def not_one_line(said: Said, code: int = 1) -> str:
+def not_one_line(result: CommandResult, code: int = 1) -> str:
     """Why a command that had to stop did not stop as it should."""
     try:
-        one_line(said, code)
+        one_line(result, code)
     except AssertionError:
-        return f"exit code {said.code}: {_end(said.err)}"
+        return f"exit code {result.code}: {_end(result.err)}"
     return ""
 
 
@@ -149,18 +149,18 @@ def kill(bench: Bench, rng: random.Random, name: str, sig: signal.Signals) -> Ou
         cwd, after = bench.fresh(work), rng.uniform(0, seconds)
         started = start(work.command(), cwd)
         sent = kill_after(started, after, sig)
-        said = started.wait()
+        result = started.wait()
         detail = f"{sig.name} after {after:.2f} s of {seconds:.2f}"
-        if sent and said.code in (-sig, 128 + sig):
+        if sent and result.code in (-sig, 128 + sig):
             break
-        if failure := failed(said):
+        if failure := failed(result):
             return Outcome(sent, detail, failure)
         seconds = min(seconds, time.monotonic() - started.began)
     else:
         return Outcome(False, detail)
     # A process that had not begun has no handler and nothing to say.
-    silent = said.code == -sig and not said.err
-    failure = "" if silent or sig == signal.SIGKILL else not_one_line(said, 128 + sig)
+    silent = result.code == -sig and not result.err
+    failure = "" if silent or sig == signal.SIGKILL else not_one_line(result, 128 + sig)
     before = finished(cwd)
     again = bench.run(work)
     if failure := failure or failed(again):
@@ -169,7 +169,7 @@ def kill(bench: Bench, rng: random.Random, name: str, sig: signal.Signals) -> Ou
     return Outcome(True, detail, lost=lost, **compared(whole, cwd))
 
 
-def computed_again(before: Finished, cwd: Path, whole: Undisturbed, again: Said) -> str:
+def computed_again(before: Finished, cwd: Path, whole: Undisturbed, again: CommandResult) -> str:
     """What of that which was finished before is not the same now, or was computed again."""
     after = finished(cwd)
     lost = [f"rewritten: {n}" for n, was in before.files.items() if after.files.get(n) != was]
@@ -177,7 +177,7 @@ def computed_again(before: Finished, cwd: Path, whole: Undisturbed, again: Said)
         lost.append(f"{len(before.rows - after.rows)} rows of the database")
     if (n := rows_computed(again)) > len(after.rows) - len(before.rows):
         lost.append(f"{n} rows computed, {len(after.rows) - len(before.rows)} were missing")
-    undisturbed = tokens_forwarded(whole.said)
+    undisturbed = tokens_forwarded(whole.result)
     for key, n in tokens_forwarded(again).items():
         done, total = before.shards.get(key, 0.0), undisturbed.get(key, 0)
         if n > total or (done == 1 and n):
@@ -219,8 +219,8 @@ def damages(bench: Bench, names: Sequence[str]) -> list[Damage]:
                         if not suffixes or suffix in suffixes
                     )
     rng = random.Random(0)
-    for found in by_kind.values():
-        rng.shuffle(found)
+    for group in by_kind.values():
+        rng.shuffle(group)
     turns = itertools.zip_longest(*by_kind.values())
     return [damage for turn in turns for damage in turn if damage is not None]
 
@@ -247,15 +247,15 @@ def damage(bench: Bench, rng: random.Random, what: Damage) -> Outcome:
     if what.path.startswith("cache/") and not what.path.startswith(INDEX):
         # Else the finished run is reused, and nobody reads the rest of the cache.
         shutil.rmtree(cwd / INDEX, ignore_errors=True)
-    said = bench.run(work)
+    result = bench.run(work)
     detail = f"{what.path}: {done}"
-    if failure := failed(said):
+    if failure := failed(result):
         return Outcome(True, detail, failure)
-    found = compared(whole, cwd, "run")
-    if not found["wrong"] and what.path.startswith("run/") and _is_result(file):
+    comparison = compared(whole, cwd, "run")
+    if not comparison["wrong"] and what.path.startswith("run/") and _is_result(file):
         content = file.read_bytes() if file.is_file() else b""
-        found["wrong"] = f"{what.path} is still damaged" if content == damaged else ""
-    return Outcome(True, detail, **found)
+        comparison["wrong"] = f"{what.path} is still damaged" if content == damaged else ""
+    return Outcome(True, detail, **comparison)
 
 
 def _is_result(file: Path) -> bool:
@@ -272,11 +272,11 @@ def full_disk(bench: Bench, rng: random.Random, name: str) -> Outcome:
     kilobytes = max(4, int(rng.uniform(0.02, 1.0) * needed))
     cwd = bench.fresh(work)
     with small_disk(cwd, kilobytes) as disk:
-        said = bench.run(work)
+        result = bench.run(work)
         detail = f"{kilobytes} kB where {needed} are needed"
-        failure = not_one_line(said) if said.code else failed(said)
-        if said.code and not failure and "disk full" not in said.err:
-            failure = f"does not say that the disk is full: {_end(said.err)}"
+        failure = not_one_line(result) if result.code else failed(result)
+        if result.code and not failure and "disk full" not in result.err:
+            failure = f"does not say that the disk is full: {_end(result.err)}"
         before = finished(cwd)
         disk.resize(needed * 4 + 2**14)
         again = bench.run(work)
@@ -284,7 +284,7 @@ def full_disk(bench: Bench, rng: random.Random, name: str) -> Outcome:
         if failure:
             return Outcome(True, detail, failure)
         lost = computed_again(before, cwd, whole, again)
-        return Outcome(said.code != 0, detail, lost=lost, **compared(whole, cwd))
+        return Outcome(result.code != 0, detail, lost=lost, **compared(whole, cwd))
 
 
 def read_only_cache(bench: Bench, rng: random.Random, name: str) -> Outcome:
@@ -298,13 +298,13 @@ def read_only_cache(bench: Bench, rng: random.Random, name: str) -> Outcome:
             shutil.copytree(whole.state / "cache", disk.path, dirs_exist_ok=True)
             shutil.rmtree(disk.path / "finished")
         disk.read_only()
-        said = bench.run(work)
+        result = bench.run(work)
         detail = "read-only, filled" if filled else "read-only, empty"
-        failure = failed(said)
-        if not (filled or failure or "is not writable" in said.err):
-            failure = f"no warning: {_end(said.err)}"
-        found = {} if failure else compared(whole, cwd, "run")
-        return Outcome(True, detail, failure, **found)
+        failure = failed(result)
+        if not (filled or failure or "is not writable" in result.err):
+            failure = f"no warning: {_end(result.err)}"
+        comparison = {} if failure else compared(whole, cwd, "run")
+        return Outcome(True, detail, failure, **comparison)
 
 
 # Outages
@@ -318,13 +318,13 @@ def wandb_outage(bench: Bench, rng: random.Random, name: str) -> Outcome:
     with wandb_server(mode, later) as server:
         env = {"WANDB_MODE": None, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
         began = time.monotonic()
-        said = bench.run(work, "tracker=wandb", env=env)
+        result = bench.run(work, "tracker=wandb", env=env)
         seconds = time.monotonic() - began
-    failure = failed(said)
+    failure = failed(result)
     if not failure and seconds > whole.seconds + _LONGEST_DELAY_SECONDS:
         failure = f"{seconds:.0f} s instead of {whole.seconds:.0f}"
-    if not failure and "wandb sync" not in said.out + said.err:
-        failure = f"does not say how to upload the run: {_end(said.err)}"
+    if not failure and "wandb sync" not in result.out + result.err:
+        failure = f"does not say how to upload the run: {_end(result.err)}"
     return Outcome(True, detail, failure, **({} if failure else compared(whole, cwd, "run")))
 
 
@@ -337,15 +337,17 @@ def at_once(bench: Bench, rng: random.Random, name: str) -> Outcome:
     cwd, n = bench.fresh(work), rng.choice((2, 3))
     runs = [f"run{i}" for i in range(n)]
     began = [start(work.command(run=r), cwd) for r in runs]
-    said = [started.wait() for started in began]
+    results = [started.wait() for started in began]
     detail = f"{n} processes"
-    if failure := next(filter(None, map(failed, said)), ""):
+    if failure := next(filter(None, map(failed, results)), ""):
         return Outcome(True, detail, failure)
-    found = [compared(whole, cwd, run) for run in runs]
-    combined = {key: ", ".join(filter(None, (f[key] for f in found))) for key in found[0]}
-    rows, needed = sum(map(rows_computed, said)), rows_computed(whole.said)
-    tokens = sum(sum(tokens_forwarded(s).values()) for s in said)
-    needed_tokens = sum(tokens_forwarded(whole.said).values())
+    comparisons = [compared(whole, cwd, run) for run in runs]
+    combined = {
+        key: ", ".join(filter(None, (f[key] for f in comparisons))) for key in comparisons[0]
+    }
+    rows, needed = sum(map(rows_computed, results)), rows_computed(whole.result)
+    tokens = sum(sum(tokens_forwarded(s).values()) for s in results)
+    needed_tokens = sum(tokens_forwarded(whole.result).values())
     lost = [f"{rows} rows computed for {needed}"] if rows > needed else []
     lost += [f"{tokens} tokens forwarded for {needed_tokens}"] if tokens > needed_tokens else []
     return Outcome(True, detail, lost="; ".join(lost), **combined)

@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.e2e.faults.injection import Said, digests_of_results, results_table, start
+from tests.e2e.faults.injection import CommandResult, digests_of_results, results_table, start
 
 _ROWS = re.compile(r"\d+ rows, (\d+) computed, (\d+) were stored")
 _TOKENS = re.compile(r"collected \d+ rows, (\d+) tokens forwarded.*\((\w{24})\)")
@@ -90,7 +90,7 @@ class Undisturbed:
     """Copy of the folder that holds `run` and `cache`."""
     seconds: float
     digests: dict[str, str]
-    said: Said
+    result: CommandResult
 
 
 def lasting(digests: dict[str, str]) -> dict[str, str]:
@@ -121,12 +121,12 @@ class Bench:
     def _run_undisturbed(self, work: Work) -> Undisturbed:
         cwd = self.fresh(work)
         began = time.monotonic()
-        said = self.run(work)
+        result = self.run(work)
         seconds = time.monotonic() - began
-        assert said.code == 0, f"{work.name} fails undisturbed: {said.err[-2000:]}"
+        assert result.code == 0, f"{work.name} fails undisturbed: {result.err[-2000:]}"
         state = self.folder / work.name / "undisturbed"
         copy(cwd, state)
-        return Undisturbed(state, seconds, lasting(digests_of_results(cwd)), said)
+        return Undisturbed(state, seconds, lasting(digests_of_results(cwd)), result)
 
     def fresh(self, work: Work, state: Path | None = None) -> Path:
         """The folder of the work's attempts with a copy of `state`, or of what it begins with."""
@@ -145,7 +145,9 @@ class Bench:
     def cwd(self, work: Work) -> Path:
         return self.folder / work.name / "now"
 
-    def run(self, work: Work, *more: str, env: Mapping[str, str | None] | None = None) -> Said:
+    def run(
+        self, work: Work, *more: str, env: Mapping[str, str | None] | None = None
+    ) -> CommandResult:
         """The command in the work's folder, in a process of its own, to its end."""
         return start(work.command(*more), self.cwd(work), env).wait()
 
@@ -232,14 +234,14 @@ def database_keys(cwd: Path) -> frozenset[bytes]:
     return frozenset(key for (key,) in rows)
 
 
-def rows_computed(said: Said) -> int:
+def rows_computed(result: CommandResult) -> int:
     """Rows that a command says it computed and stored in the results database."""
-    return sum(int(n) for n, _ in _ROWS.findall(said.err))
+    return sum(int(n) for n, _ in _ROWS.findall(result.err))
 
 
-def tokens_forwarded(said: Said) -> dict[str, int]:
+def tokens_forwarded(result: CommandResult) -> dict[str, int]:
     """Store -> tokens that a command says it forwarded for it."""
     tokens: dict[str, int] = {}
-    for n, key in _TOKENS.findall(said.err):
+    for n, key in _TOKENS.findall(result.err):
         tokens[key] = tokens.get(key, 0) + int(n)
     return tokens

@@ -128,8 +128,8 @@ def campaign(bench: Bench, wanted: Sequence[Attempt], out: Path, seed: int) -> l
     out.mkdir(parents=True, exist_ok=True)
     file = out / "attempts.jsonl"
     rows = _lines(file)
-    made = {_key(row) for row in rows}
-    missing = [a for a in wanted if (a.kind, a.work, a.number, seed) not in made]
+    done_keys = {_key(row) for row in rows}
+    missing = [a for a in wanted if (a.kind, a.work, a.number, seed) not in done_keys]
     log.info(
         "%d of %d attempts are to be made: about %s",
         len(missing),

@@ -23,13 +23,13 @@ def contrast_errors(world: Null) -> Callable[[np.random.Generator, int], Values]
     """Share of null runs in which any latent is significant, and mean share of latents."""
 
     def measure(rng: np.random.Generator, n_runs: int) -> Values:
-        found, shares = [], []
+        significant, shares = [], []
         for _ in range(n_runs):
             result = worlds.contrast(*world(rng), intervals=False)
             q = result.tables["latents"]["q_value"].to_numpy()
-            found.append(bool((q <= 0.05).any()))
+            significant.append(bool((q <= 0.05).any()))
             shares.append(float((q <= 0.05).mean()))
-        return {"value": float(np.mean(found)), "share_of_latents": float(np.mean(shares))}
+        return {"value": float(np.mean(significant)), "share_of_latents": float(np.mean(shares))}
 
     return measure
 
@@ -128,15 +128,15 @@ def chosen_sentence(rng: np.random.Generator, n_runs: int) -> Values:
     The coefficient is chosen on train prompts with 10 controls of two kinds; at it, test prompts
     have 99 of each. Value: share of runs in which any sentence would report an effect.
     """
-    found = []
+    significant = []
     for _ in range(n_runs):
         conditions = _slopes(rng)
         first = summary_of(_stage(rng, conditions, "train", N_CURVE), {"refusal": "rate"})
         chosen = chosen_coefficients(first, "refusal", "train")
         test = _stage(rng, conditions, "test", N_CONTROLS, chosen)
         claims = with_claims(summary_of(test, {"refusal": "rate"}), ["refusal"], chosen)
-        found.append(bool((claims["refusal_p_controls_holm"] <= 0.05).any()))
-    return {"value": float(np.mean(found))}
+        significant.append(bool((claims["refusal_p_controls_holm"] <= 0.05).any()))
+    return {"value": float(np.mean(significant))}
 
 
 def _slopes(rng: np.random.Generator) -> dict[str, dict[tuple[str, str], np.ndarray]]:

@@ -157,8 +157,8 @@ def main() -> int:
     n_different = 0
     for study in asked.studies:
         places = asked.out / "before" / study, asked.out / "after" / study
-        for version, place in zip((code, ROOT), places, strict=True):
-            run_study(study, version, place)
+        for version, folder in zip((code, ROOT), places, strict=True):
+            run_study(study, version, folder)
         lines = list(differences(places[0] / "runs", places[1] / "runs", renamed))
         n_different += len(lines)
         n_files = len(list(_results(places[0] / "runs")))

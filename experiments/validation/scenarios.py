@@ -34,7 +34,7 @@ def _error_rates() -> list[Scenario]:
         "contrast: 5 questions an entity, labels per question": null_runs.several_questions,
         "contrast: types 80/20 against 20/80": null_runs.types_imbalanced,
     }
-    found = [
+    null_scenarios = [
         Scenario(name, "error rate", null_runs.contrast_errors(world), 200)
         for name, world in contrasts.items()
     ]
@@ -45,7 +45,7 @@ def _error_rates() -> list[Scenario]:
         "effect beyond 4 kinds of 19 controls": null_runs.exchangeable(19, four),
         "sentences of 2 conditions, coefficient chosen on train": null_runs.chosen_sentence,
     }
-    found.append(
+    null_scenarios.append(
         Scenario(
             "contrast of the shipped model's latents, shuffled labels",
             "error rate",
@@ -53,8 +53,8 @@ def _error_rates() -> list[Scenario]:
             200,
         )
     )
-    found += [Scenario(n, "error rate", measure, 200) for n, measure in effects.items()]
-    return found + [
+    null_scenarios += [Scenario(n, "error rate", measure, 200) for n, measure in effects.items()]
+    return null_scenarios + [
         Scenario(
             f"change against unsteered prompts, {n} prompt{'s' * (n > 1)} an entity",
             "error rate",
@@ -78,30 +78,33 @@ def _biases() -> list[Scenario]:
 
 
 def _coverages() -> list[Scenario]:
-    found: dict[str, tuple[Measure, int]] = {}
+    measures: dict[str, tuple[Measure, int]] = {}
     for n in coverage.SIZES:
         for v in coverage.VALUES:
             at = f"n={n}, value={v}"
-            found[f"AUROC, 1 type; {at}"] = coverage.auroc(n, v), 500
-            found[f"AUROC, 4 types; {at}"] = coverage.auroc(n, v, 4), 500
-            found[f"AUROC of latents that are often 0; {at}"] = (
+            measures[f"AUROC, 1 type; {at}"] = coverage.auroc(n, v), 500
+            measures[f"AUROC, 4 types; {at}"] = coverage.auroc(n, v, 4), 500
+            measures[f"AUROC of latents that are often 0; {at}"] = (
                 coverage.auroc(n, v, ties=True),
                 500,
             )
-            found[f"separation, 1 type; {at}"] = coverage.separation(n, v), 500
-            found[f"separation, 4 types; {at}"] = coverage.separation(n, v, 4), 500
-            found[f"rate; {at}"] = coverage.rate(n, v), 300
-            found[f"rate, 5 prompts an entity; {at}"] = coverage.rate(n, v, 5), 300
-            found[f"change of a rate; {at}"] = coverage.change(n, v), 300
-            found[f"change of a rate, 5 prompts an entity; {at}"] = coverage.change(n, v, 5), 300
-            found[f"AUROC less that of the surface baseline; {at}"] = (
+            measures[f"separation, 1 type; {at}"] = coverage.separation(n, v), 500
+            measures[f"separation, 4 types; {at}"] = coverage.separation(n, v, 4), 500
+            measures[f"rate; {at}"] = coverage.rate(n, v), 300
+            measures[f"rate, 5 prompts an entity; {at}"] = coverage.rate(n, v, 5), 300
+            measures[f"change of a rate; {at}"] = coverage.change(n, v), 300
+            measures[f"change of a rate, 5 prompts an entity; {at}"] = coverage.change(n, v, 5), 300
+            measures[f"AUROC less that of the surface baseline; {at}"] = (
                 coverage.less_surface(n, v),
                 300,
             )
-            found[f"probe AUROC; {at}"] = coverage.probe_auroc(n, v), 50
+            measures[f"probe AUROC; {at}"] = coverage.probe_auroc(n, v), 50
             if n < 200:
-                found[f"probe AUROC, 4 rows an entity; {at}"] = coverage.probe_auroc(n, v, 4), 100
-        found[f"rate that stays 0.03; n={n}"] = coverage.change(n, None), 300
+                measures[f"probe AUROC, 4 rows an entity; {at}"] = (
+                    coverage.probe_auroc(n, v, 4),
+                    100,
+                )
+        measures[f"rate that stays 0.03; n={n}"] = coverage.change(n, None), 300
         for name in ("exponential", "lognormal"):
-            found[f"mean of {name} outcomes; n={n}"] = coverage.mean(n, name), 300
-    return [Scenario(name, "coverage", m, n_runs) for name, (m, n_runs) in found.items()]
+            measures[f"mean of {name} outcomes; n={n}"] = coverage.mean(n, name), 300
+    return [Scenario(name, "coverage", m, n_runs) for name, (m, n_runs) in measures.items()]

@@ -38,7 +38,7 @@ def shuffled_labels(rng: np.random.Generator, n_runs: int) -> dict[str, float]:
 
     The causal test changes selected latents only, so a run claims an effect in no more of them.
     """
-    found, shares = [], []
+    significant, shares = [], []
     for _ in range(n_runs):
         rows = latents().rows
         labels = rows.drop_duplicates("unit").set_index("unit")["group"]
@@ -50,6 +50,6 @@ def shuffled_labels(rng: np.random.Generator, n_runs: int) -> dict[str, float]:
         )
         cfg = AnalyzerConfig(name="contrast", n_bootstrap=0)
         q = ContrastAnalyzer(cfg).analyze(inputs).tables["latents"]["q_value"].to_numpy()
-        found.append(bool((q <= 0.05).any()))
+        significant.append(bool((q <= 0.05).any()))
         shares.append(float((q <= 0.05).mean()))
-    return {"value": float(np.mean(found)), "share_of_latents": float(np.mean(shares))}
+    return {"value": float(np.mean(significant)), "share_of_latents": float(np.mean(shares))}

@@ -68,13 +68,13 @@ def row(scenario: Scenario, *, quick: bool, version: str) -> dict[str, object]:
     n_runs = max(scenario.n_runs // 10, 10) if quick else scenario.n_runs
     start = time.perf_counter()
     rng = np.random.default_rng([SEED, zlib.crc32(scenario.name.encode())])
-    found = scenario.measure(rng, n_runs)
+    estimates = scenario.measure(rng, n_runs)
     return {
         "scenario": scenario.name,
         "kind": scenario.kind,
         "nominal": NOMINAL[scenario.kind],
         "n_runs": n_runs,
-        **{name: f"{value:.4f}" for name, value in found.items()},
+        **{name: f"{value:.4f}" for name, value in estimates.items()},
         "seconds": f"{time.perf_counter() - start:.1f}",
         "version": version,
     }

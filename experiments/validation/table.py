@@ -70,10 +70,10 @@ def too_often(row: Row) -> bool:
 
 def too_rarely(row: Row) -> bool:
     """Whether a coverage is below 0.92 by more than two Monte Carlo standard errors."""
-    given = row["n_runs"] * (1 - row["no_interval"])
-    if given < 1:
+    n_intervals = row["n_runs"] * (1 - row["no_interval"])
+    if n_intervals < 1:
         return False
-    error = (LEAST_COVERAGE * (1 - LEAST_COVERAGE) / given) ** 0.5
+    error = (LEAST_COVERAGE * (1 - LEAST_COVERAGE) / n_intervals) ** 0.5
     return float(row["value"]) < LEAST_COVERAGE - 2 * error
 
 

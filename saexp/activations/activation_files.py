@@ -169,10 +169,10 @@ def _read_memmap(path: Path, cfg: ImportedConfig) -> _Arrays:
                 f"{ids_file} holds {len(flat)} ids for {n} texts; collector.ids_dtype="
             )
         token_ids = flat.reshape(n, -1).astype(np.int64)
-    return _named(acts, cfg), token_ids
+    return _by_hookpoint(acts, cfg), token_ids
 
 
-def _named(array: np.ndarray, cfg: ImportedConfig) -> dict[Hookpoint, ActivationArray]:
+def _by_hookpoint(array: np.ndarray, cfg: ImportedConfig) -> dict[Hookpoint, ActivationArray]:
     """Hookpoints of an array without names, by `collector.layers` and `collector.stream`."""
     if array.ndim == 4:
         layers = list(range(array.shape[1])) if cfg.layers is None else list(cfg.layers)
@@ -213,7 +213,7 @@ def _from_entries(entries: Mapping[str, np.ndarray], cfg: ImportedConfig) -> _Ar
         else:
             nameless.append(array)
     if not arrays and len(nameless) == 1:
-        return _named(nameless[0], cfg), token_ids
+        return _by_hookpoint(nameless[0], cfg), token_ids
     return arrays, token_ids
 
 
@@ -250,7 +250,7 @@ def _read_safetensors(path: Path, cfg: ImportedConfig) -> _Arrays:
                     parts.setdefault(at, []).append(values)
     ids = np.concatenate(token_ids) if token_ids else None
     if not parts and len(nameless) == 1:
-        return _named(nameless[0].numpy(), cfg), ids
+        return _by_hookpoint(nameless[0].numpy(), cfg), ids
     return {at: TensorArray(tensors) for at, tensors in parts.items()}, ids
 
 

@@ -355,8 +355,8 @@ class ActivationStream:
         more = max(n_own - len(self._free_rows), capacity - size)
         for hookpoint, rows in acts.items():
             added = rows.new_empty(more, rows.shape[1])
-            held = self._storage.get(hookpoint)
-            self._storage[hookpoint] = added if held is None else torch.cat([held, added])
+            stored = self._storage.get(hookpoint)
+            self._storage[hookpoint] = added if stored is None else torch.cat([stored, added])
         self._free_rows = torch.cat([self._free_rows, torch.arange(size, size + more)])
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

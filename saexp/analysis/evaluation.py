@@ -188,18 +188,20 @@ class _Evaluator:
                     continue
                 self.high_norm.add(batch, clean.streams)
                 free -= clean.n_bytes
-                kept = (batch, clean) if free >= 0 else None
-                done.append(_CleanPass(self, np.asarray(chosen), kept))
+                cached = (batch, clean) if free >= 0 else None
+                done.append(_CleanPass(self, np.asarray(chosen), cached))
                 bar.update(len(chosen))
                 chosen = next(plan, None)
         return done
 
     def _evaluate(self, number: int, batch: Batch, clean: Clean) -> None:
         self._count(("clean", None), "n_compared", batch.texts_of(batch.compared))
-        for place in self.places:
-            kept = self.high_norm.ordinary(place, number, batch)
-            self._count(("spliced", place), "n_spliced", batch.texts_of(kept))
-            self._count(("spliced", place), "n_high_norm", batch.texts_of(batch.spliced & ~kept))
+        for hookpoints in self.places:
+            ordinary = self.high_norm.ordinary(hookpoints, number, batch)
+            self._count(("spliced", hookpoints), "n_spliced", batch.texts_of(ordinary))
+            self._count(
+                ("spliced", hookpoints), "n_high_norm", batch.texts_of(batch.spliced & ~ordinary)
+            )
         states: list[tuple[State, Tensor]] = []
         first, most = True, self._limit(STREAM_BYTES)
         for state, hidden in self._changed(number, batch, clean):
@@ -211,42 +213,48 @@ class _Evaluator:
 
     def _changed(self, number: int, batch: Batch, clean: Clean) -> Iterator[tuple[State, Tensor]]:
         """Every state but the clean one, with the input of the LM head in it."""
-        for place in self.places:
-            mean = self.means[place].ordinary.float()
+        for hookpoints in self.places:
+            mean = self.means[hookpoints].ordinary.float()
             values = {"zero": torch.zeros_like(mean), "mean": mean}
-            high = batch.spliced & ~self.high_norm.ordinary(place, number, batch)
+            high = batch.spliced & ~self.high_norm.ordinary(hookpoints, number, batch)
             for name in self.settings.ablations:
                 edit = replacement_edit(values[name], batch.ablated & ~high)
-                yield (name, place), self.passes.changed(batch, clean, place[-1], edit)
+                yield (name, hookpoints), self.passes.changed(batch, clean, hookpoints[-1], edit)
         for index, sae in enumerate(self.saes):
-            place = _streams(sae)
+            hookpoints = _streams(sae)
             written = self._reconstructed(index, number, batch, clean)
-            edit = replacement_edit(written, self.high_norm.ordinary(place, number, batch))
-            yield ("sae", index), self.passes.changed(batch, clean, place[-1], edit)
+            edit = replacement_edit(written, self.high_norm.ordinary(hookpoints, number, batch))
+            yield ("sae", index), self.passes.changed(batch, clean, hookpoints[-1], edit)
 
     def _reconstructed(
         self, index: int, number: int, batch: Batch, clean: Clean
     ) -> Float[Tensor, "n d"]:
         """Reconstruction at ordinary spliced positions; updates the metrics chunk by chunk."""
         sae, stream = self.saes[index], self.streams[index]
-        place = _streams(sae)
-        x, target = (values_at(clean.streams[h], batch.spliced) for h in (place[0], place[-1]))
-        texts, ordinary = batch.texts_of(batch.spliced), self.high_norm.masks[place][number]
+        hookpoints = _streams(sae)
+        x, target = (
+            values_at(clean.streams[h], batch.spliced) for h in (hookpoints[0], hookpoints[-1])
+        )
+        texts, ordinary = batch.texts_of(batch.spliced), self.high_norm.masks[hookpoints][number]
         rows = chunk_rows(sae)
         parts = []
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
-            some, aim, kept = x[part].to(sae.device), target[part].float(), ordinary[part]
+            some, aim, is_ordinary = x[part].to(sae.device), target[part].float(), ordinary[part]
             acts = sae.encode(some)
-            made = sae.decode(acts, some)
-            parts.append(made[kept])
-            measured = stream.update(aim[kept], made[kept].float(), acts[kept])
+            reconstruction = sae.decode(acts, some)
+            parts.append(reconstruction[is_ordinary])
+            measured = stream.update(
+                aim[is_ordinary], reconstruction[is_ordinary].float(), acts[is_ordinary]
+            )
             for name, values in measured.items():
-                self._add(("sae", index), name, texts[part][kept], values)
-            if not bool(kept.all()):
-                high = stream.update_high_norm(aim[~kept], made[~kept].float())
+                self._add(("sae", index), name, texts[part][is_ordinary], values)
+            if not bool(is_ordinary.all()):
+                high = stream.update_high_norm(
+                    aim[~is_ordinary], reconstruction[~is_ordinary].float()
+                )
                 for name, values in high.items():
-                    self._add(("sae", index), name, texts[part][~kept], values)
+                    self._add(("sae", index), name, texts[part][~is_ordinary], values)
             n_active = measured["active"].long().numpy()
             self.histograms[index] += np.bincount(n_active, minlength=sae.d_sae + 1)
         return torch.cat(parts)
@@ -286,9 +294,9 @@ class _Evaluator:
         self._add(state, name, texts, torch.ones(len(texts)))
 
     def _result(self, number: int) -> Evaluation:
-        place = _streams(self.saes[number])
+        hookpoints = _streams(self.saes[number])
         of_clean, of_sae = ("clean", None), ("sae", number)
-        counts = {"n_spliced": ("spliced", place), "n_high_norm": ("spliced", place)}
+        counts = {"n_spliced": ("spliced", hookpoints), "n_high_norm": ("spliced", hookpoints)}
         counts |= {"n_compared": of_clean, "n_scored": of_clean}
         columns: dict[str, np.ndarray] = {
             name: self.sums[of, name].astype(np.int64) for name, of in counts.items()
@@ -298,17 +306,17 @@ class _Evaluator:
             columns |= {f"{name}_of_all": columns[name] for name in ("error", "spread")}
             columns["spread_high_norm"] = np.zeros(len(self.texts))
         columns["ce_clean"] = self.sums[of_clean, "ce"]
-        states = {"sae": of_sae} | {name: (name, place) for name in self.settings.ablations}
+        states = {"sae": of_sae} | {name: (name, hookpoints) for name in self.settings.ablations}
         for name, state in states.items():
             columns[f"ce_{name}"] = self.sums[state, "ce"]
             columns[f"kl_{name}"] = self.sums[state, "kl"]
         histogram = np.trim_zeros(self.histograms[number], "b")
         # Where no block lies below the stream, whole passes do the same work.
-        at = place[-1]
+        at = hookpoints[-1]
         resumed = self.passes.can_resume[at] or resumes_from(at) is None
         measured = self.streams[number].result()
         notes = high_norm_notes(
-            self.high_norm.n_excluded(place),
+            self.high_norm.n_excluded(hookpoints),
             int((columns["n_spliced"] + columns["n_high_norm"]).sum()),
             at,
             self.settings.max_norm_ratio,
@@ -323,20 +331,24 @@ class _CleanPass:
     """A clean pass that is kept, or else repeated."""
 
     def __init__(
-        self, evaluator: _Evaluator, chosen: np.ndarray, kept: tuple[Batch, Clean] | None
+        self, evaluator: _Evaluator, chosen: np.ndarray, cached: tuple[Batch, Clean] | None
     ) -> None:
-        self._evaluator, self._chosen, self._kept = evaluator, chosen, kept
+        self._evaluator, self._chosen, self._cached = evaluator, chosen, cached
 
     @property
     def batch(self) -> Batch:
         """The texts of the pass."""
-        return self._kept[0] if self._kept else self._evaluator._batch(self._chosen.tolist())
+        return self._cached[0] if self._cached else self._evaluator._batch(self._chosen.tolist())
 
     @property
     def clean(self) -> Clean:
         """Its streams. Raises torch.OutOfMemoryError."""
         evaluator = self._evaluator
-        return self._kept[1] if self._kept else evaluator.passes.clean(self.batch, evaluator.wanted)
+        return (
+            self._cached[1]
+            if self._cached
+            else evaluator.passes.clean(self.batch, evaluator.wanted)
+        )
 
 
 def _streams(sae: SparseAutoencoder) -> Streams:
@@ -373,16 +385,16 @@ def fractions(sums: Mapping[str, Sums]) -> dict[str, tuple[np.ndarray, np.ndarra
     """
     s = {name: np.asarray(values, dtype=np.float64) for name, values in sums.items()}
     there = {name: ending for name, ending in ABLATIONS.items() if f"ce_{name}" in s}
-    found = {f"reconstruction/ce_{k}": (s[f"ce_{k}"], s["n_scored"]) for k in ("clean", "sae")}
-    found |= {f"reconstruction/ce_{k}": (s[f"ce_{k}"], s["n_scored"]) for k in there}
-    found |= {f"reconstruction/kl_{k}": (s[f"kl_{k}"], s["n_compared"]) for k in ("sae", *there)}
-    found["reconstruction/ce_increase"] = (s["ce_sae"] - s["ce_clean"], s["n_scored"])
+    ratios = {f"reconstruction/ce_{k}": (s[f"ce_{k}"], s["n_scored"]) for k in ("clean", "sae")}
+    ratios |= {f"reconstruction/ce_{k}": (s[f"ce_{k}"], s["n_scored"]) for k in there}
+    ratios |= {f"reconstruction/kl_{k}": (s[f"kl_{k}"], s["n_compared"]) for k in ("sae", *there)}
+    ratios["reconstruction/ce_increase"] = (s["ce_sae"] - s["ce_clean"], s["n_scored"])
     for name, ending in there.items():
         ce, kl = s[f"ce_{name}"], s[f"kl_{name}"]
-        found[f"reconstruction/ce_loss_score{ending}"] = (ce - s["ce_sae"], ce - s["ce_clean"])
-        found[f"reconstruction/kl_score{ending}"] = (kl - s["kl_sae"], kl)
+        ratios[f"reconstruction/ce_loss_score{ending}"] = (ce - s["ce_sae"], ce - s["ce_clean"])
+        ratios[f"reconstruction/kl_score{ending}"] = (kl - s["kl_sae"], kl)
     n, spread, spread_of_all = s["n_spliced"], s["spread"], s["spread_of_all"]
-    found |= {
+    ratios |= {
         "reconstruction/explained_variance": (spread - s["error"], spread),
         "reconstruction/explained_variance_legacy": (s["legacy"], n),
         "reconstruction/explained_variance_all_positions": (
@@ -397,7 +409,7 @@ def fractions(sums: Mapping[str, Sums]) -> dict[str, tuple[np.ndarray, np.ndarra
         "sparsity/l0": (s["active"], n),
         "sparsity/mean_active": (s["value"], s["active"]),
     }
-    return found
+    return ratios
 
 
 def numbers(
@@ -424,24 +436,24 @@ def numbers(
     parts = fractions(values)
     above, below = (np.stack([pair[i] for pair in parts.values()], axis=1) for i in (0, 1))
     low, high = ratio_interval(above, below, seed, n_resamples=n_bootstrap, confidence=confidence)
-    found: Numbers = {}
+    result: Numbers = {}
     for i, (name, (numerator, denominator)) in enumerate(parts.items()):
         total = denominator.sum()
         defined = total > 0 if "score" in name else total != 0
-        found[name] = float(numerator.sum() / total) if defined else float("nan")
+        result[name] = float(numerator.sum() / total) if defined else float("nan")
         for side, limit in (("low", low[i]), ("high", high[i])):
             is_number = defined and np.isfinite(limit)
-            found[f"{name}_ci_{side}"] = float(limit) if is_number else None
+            result[f"{name}_ci_{side}"] = float(limit) if is_number else None
     measured = evaluation.stream.result()
     for name in ("max_active", "dead_fraction", "n_positions"):
-        found[f"sparsity/{name}"] = measured[f"sparsity/{name}"]
+        result[f"sparsity/{name}"] = measured[f"sparsity/{name}"]
     for name in ("explained_variance_median", "median_norm", "n_high_norm"):
-        found[f"reconstruction/{name}"] = measured[f"reconstruction/{name}"]
-    found["sparsity/n_dead"] = int((evaluation.stream.n_active == 0).sum())
-    found["evaluation/n_units"] = len(of_unit)
-    found["evaluation/n_scored"] = int(values["n_scored"].sum())
-    found["evaluation/n_compared"] = int(values["n_compared"].sum())
-    return found
+        result[f"reconstruction/{name}"] = measured[f"reconstruction/{name}"]
+    result["sparsity/n_dead"] = int((evaluation.stream.n_active == 0).sum())
+    result["evaluation/n_units"] = len(of_unit)
+    result["evaluation/n_scored"] = int(values["n_scored"].sum())
+    result["evaluation/n_compared"] = int(values["n_compared"].sum())
+    return result
 
 
 def densities(evaluation: Evaluation) -> pd.DataFrame:

@@ -277,22 +277,22 @@ class HighNorm:
 
     def resolve(self) -> None:
         """Determine the high-norm positions after all batches were added."""
-        for place in self.places:
-            norms = {h: np.concatenate(self._norms[h]) for h in place}
+        for hookpoints in self.places:
+            norms = {h: np.concatenate(self._norms[h]) for h in hookpoints}
             limits = {h: norm_limit(values, self.max_norm_ratio) for h, values in norms.items()}
-            sizes = [len(part) for part in self._norms[place[0]]]
+            sizes = [len(part) for part in self._norms[hookpoints[0]]]
             ordinary = torch.from_numpy(ordinary_rows(norms, limits))
-            self.masks[place] = list(ordinary.split(sizes))
+            self.masks[hookpoints] = list(ordinary.split(sizes))
         self._norms = {}
 
-    def n_excluded(self, place: Streams) -> int:
+    def n_excluded(self, hookpoints: Streams) -> int:
         """Number of high-norm positions."""
-        return sum(int((~mask).sum()) for mask in self.masks[place])
+        return sum(int((~mask).sum()) for mask in self.masks[hookpoints])
 
-    def ordinary(self, place: Streams, number: int, batch: Batch) -> Bool[Tensor, "b t"]:
+    def ordinary(self, hookpoints: Streams, number: int, batch: Batch) -> Bool[Tensor, "b t"]:
         """Mask of the batch's positions to be spliced, without high-norm positions."""
         return batch.spliced.masked_scatter(
-            batch.spliced, self.masks[place][number].to(batch.spliced.device)
+            batch.spliced, self.masks[hookpoints][number].to(batch.spliced.device)
         )
 
     def means(
@@ -305,9 +305,9 @@ class HighNorm:
         high = [p for p in self.places if self.n_excluded(p)]
         sums = {p: torch.zeros_like(of_all[p]) for p in high}
         for number, (batch, streams) in enumerate(again if high else ()):
-            for place in high:
-                x = values_at(streams[place[-1]], batch.spliced).cpu().double()
-                sums[place] += x[self.masks[place][number]].sum(0)
+            for hookpoints in high:
+                x = values_at(streams[hookpoints[-1]], batch.spliced).cpu().double()
+                sums[hookpoints] += x[self.masks[hookpoints][number]].sum(0)
         return {
             p: Means(sums[p] / (n - self.n_excluded(p)), of_all[p])
             if p in sums

@@ -237,9 +237,11 @@ class Attribution:
         because the coverage of the bootstrap is too low.
         """
         units = range(len(self.logit)) if units is None else units
-        for what, given in (("groups", groups), ("units", units)):
-            if len(given) != len(self.logit):
-                raise DataError(f"{len(given)} {what} for {len(self.logit)} prompts; give each one")
+        for what, prompt_labels in (("groups", groups), ("units", units)):
+            if len(prompt_labels) != len(self.logit):
+                raise DataError(
+                    f"{len(prompt_labels)} {what} for {len(self.logit)} prompts; give each one"
+                )
         labels = np.asarray(groups, dtype=object)
         d_sae = cast(tuple[int, int], self.gradient.shape)[1]
         parts = []
@@ -322,7 +324,7 @@ def attribute(
         for batch in _batches(model, prompts, batch_tokens):
             of_answer = torch.tensor([answers[i] for i in batch])
             of_foil = None if foils is None else torch.tensor([foils[i] for i in batch])
-            found = logit_gradient(
+            gradients = logit_gradient(
                 model,
                 [tuple(prompts[i]) for i in batch],
                 [positions[i] for i in batch],
@@ -332,9 +334,9 @@ def attribute(
                 writes=writes,
                 norm=unembedding.norm,
             )
-            logit[batch] = found.logit.numpy()
-            readout = _readouts(unembedding, found, of_answer, of_foil) if is_direct else None
-            parts += _entries(sae, found, readout, np.asarray(batch)[found.rows.numpy()])
+            logit[batch] = gradients.logit.numpy()
+            readout = _readouts(unembedding, gradients, of_answer, of_foil) if is_direct else None
+            parts += _entries(sae, gradients, readout, np.asarray(batch)[gradients.rows.numpy()])
             bar.update(len(batch))
     notes = []
     if not is_direct:
@@ -369,26 +371,26 @@ class _Entries:
 
 
 def _readouts(
-    unembedding: Unembedding, found: LogitGradient, answers: Tensor, foils: Tensor | None
+    unembedding: Unembedding, gradients: LogitGradient, answers: Tensor, foils: Tensor | None
 ) -> Tensor:
     """`[n, d]`: what a vector at each position is multiplied with to give its direct effect."""
     read = unembedding.readout(answers)
     if foils is not None:
         read = read - unembedding.readout(foils)
-    scale = unembedding.scale(found.final)
-    return read[found.rows.to(read.device)] / scale.to(read.device)[:, None]
+    scale = unembedding.scale(gradients.final)
+    return read[gradients.rows.to(read.device)] / scale.to(read.device)[:, None]
 
 
 @torch.no_grad()
 def _entries(
-    sae: SparseAutoencoder, found: LogitGradient, readout: Tensor | None, prompt_of: np.ndarray
+    sae: SparseAutoencoder, gradients: LogitGradient, readout: Tensor | None, prompt_of: np.ndarray
 ) -> list[_Entries]:
     """Chunk by chunk of positions, so that one dense `[n, d_sae]` exists at a time."""
     step = max(1, CHUNK_BYTES // (4 * sae.d_sae))
     parts = []
     for start in range(0, len(prompt_of), step):
         chunk = slice(start, start + step)
-        x = found.acts[chunk].to(sae.device)
+        x = gradients.acts[chunk].to(sae.device)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         acts = sae.encode(x)
         row, latent = acts.nonzero(as_tuple=True)
@@ -415,7 +417,7 @@ def _entries(
                 prompt=prompt_of[chunk][row.cpu().numpy()],
                 latent=latent.cpu().numpy(),
                 activation=acts[row, latent].double().cpu().numpy(),
-                gradient=along(found.gradient[chunk]),
+                gradient=along(gradients.gradient[chunk]),
                 direct=np.zeros(len(row)) if readout is None else along(readout[chunk]),
             )
         )
@@ -456,9 +458,9 @@ def _check(
 ) -> None:
     if not prompts:
         raise DataError("attribution needs at least one prompt")
-    for what, given in (("positions", positions), ("answers", answers), ("foils", foils)):
-        if given is not None and len(given) != len(prompts):
-            raise DataError(f"{len(given)} {what} for {len(prompts)} prompts; give each one")
+    for what, values in (("positions", positions), ("answers", answers), ("foils", foils)):
+        if values is not None and len(values) != len(prompts):
+            raise DataError(f"{len(values)} {what} for {len(prompts)} prompts; give each one")
     for number, (prompt, of) in enumerate(zip(prompts, positions, strict=True)):
         if not of or min(of) < 0 or max(of) >= len(prompt):
             raise DataError(

@@ -322,26 +322,28 @@ def contrast(
             raise ConfigError("contrast compares two lists of texts; pass two lists of strings")
     if len(set(names)) != 2:
         raise ConfigError(f"names={names}: the two groups need different names")
-    place = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="saexp-contrast-"))
+    run_folder = (
+        Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="saexp-contrast-"))
+    )
     settings = [*positions_overrides(positions), *overrides]
-    cfg = config_of_texts(model, sae, place / _TEXTS_FILE, names, settings)
+    cfg = config_of_texts(model, sae, run_folder / _TEXTS_FILE, names, settings)
     began = datetime.datetime.now().isoformat(timespec="seconds")
-    with holding(place):
-        write_texts(place / _TEXTS_FILE, dict(zip(names, (texts_a, texts_b), strict=True)))
+    with holding(run_folder):
+        write_texts(run_folder / _TEXTS_FILE, dict(zip(names, (texts_a, texts_b), strict=True)))
         remember_in(cfg.cache_dir)
         context = RunContext(
-            folder=place,
+            folder=run_folder,
             tracker=NullTracker(cfg.tracker),
             command="saexp.contrast",
             started=began,
-            inputs=frozenset({(place / _TEXTS_FILE).resolve()}),
+            inputs=frozenset({(run_folder / _TEXTS_FILE).resolve()}),
         )
         with model.unedited():
             with context.stage("load"):
                 analyzer = as_analyzer(registry.build("analyzer", cfg.analyzer))
                 session = Session.open(cfg, context, analyzer, model=model, sae=sae)
             result = analyze_session(session)
-    result.path = place
+    result.path = run_folder
     return result
 
 

@@ -307,7 +307,7 @@ class InterventionConfig:
         """Whether a rate that is constant without intervention is replaced by `alternatives`."""
         return self.alternatives is not None and list(self.outcomes) in DEFAULT_OUTCOMES
 
-    def kept(self) -> list[str]:
+    def effective_keep(self) -> list[str]:
         """Of `keep` what can change a result: numbers that have their defaults."""
         names = set(self.keep) if self.name != "none" else set()
         return sorted(n for n in names if getattr(self, n) == _default_of(InterventionConfig, n))

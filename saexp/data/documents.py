@@ -422,10 +422,10 @@ class Packer:
             elif start == 0 and self.separator is not None and tokens[0] != self.separator:
                 # May be the context's last token; the document then begins the next context.
                 self._append(self.separator)
-            taken = tokens[start : start + self.size - self.n]
-            self.partial[self.n : self.n + len(taken)] = taken
-            self.n += len(taken)
-            start += len(taken)
+            chunk = tokens[start : start + self.size - self.n]
+            self.partial[self.n : self.n + len(chunk)] = chunk
+            self.n += len(chunk)
+            start += len(chunk)
             if self.n == self.size:
                 self.contexts.append(self.partial)
                 self.documents.append(self.first_document)

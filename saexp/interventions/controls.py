@@ -66,7 +66,7 @@ class ControlDesign:
         """`planned` holds the conditions, and the controls that the intervention makes itself."""
         self.intervention, self.coefficients, self.cfg = intervention, coefficients, cfg
         self.own = [c for c in planned if c.role != "control"]
-        self.given = [c for c in planned if c.role == "control"]
+        self.planned_controls = [c for c in planned if c.role == "control"]
         self.main = main_conditions(self.own)
         self.names = metric_names(c.described for c in self.own)
         self.n_curve = min(cfg.n_curve_controls, cfg.n_controls)
@@ -99,7 +99,7 @@ class ControlDesign:
         and for single latents that also belong to a group, which are exploratory."""
         numbers = range(1, self.n_curve + 1)
         changing = tuple(k for k, c in enumerate(self.coefficients) if c)
-        controls = [c for c in self.given if c.number <= self.n_curve]
+        controls = [c for c in self.planned_controls if c.number <= self.n_curve]
         for condition in self.own:
             controls += self._on_latents(condition, "frequency", numbers, None)
             if self._is_main(condition) or condition.role == "group":
@@ -121,7 +121,7 @@ class ControlDesign:
             at = (list(self.coefficients).index(chosen[condition.name]),)
             controls += [
                 replace(c, at=at)
-                for c in self.given
+                for c in self.planned_controls
                 if c.of == condition.name and c.number > self.n_curve
             ]
             controls += self._on_latents(condition, "frequency", rest, at)

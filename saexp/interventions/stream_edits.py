@@ -213,7 +213,7 @@ class StreamProgram:
         self.splices: dict[int, Splice] = {}
         self.patches: dict[int, Patch] = {}
         self.tensors: dict[str, Any] = {}
-        self._kept: Tensor | None = None
+        self._selected: Tensor | None = None
         """Rows that were selected before the tensors were built."""
 
     def add(self, row: int, op: Any, sae: SparseAutoencoder | None) -> None:
@@ -269,8 +269,8 @@ class StreamProgram:
                 [r in self.splices and self.splices[r].error for r in range(self.n_rows)]
             )
             tensors["splices"] = (gain.to(device), instead.to(device), error.to(device))
-        if self._kept is not None:
-            self._select(self._kept)
+        if self._selected is not None:
+            self._select(self._selected)
 
     def keep(self, chosen: Tensor) -> None:
         """Continue with these rows only. Patches apply to the prompt, so they end with it.
@@ -280,7 +280,7 @@ class StreamProgram:
         if self.tensors:
             self._select(chosen)
         else:
-            self._kept = chosen if self._kept is None else self._kept[chosen]
+            self._selected = chosen if self._selected is None else self._selected[chosen]
 
     def _select(self, chosen: Tensor) -> None:
         for name in ("added",):

@@ -100,12 +100,12 @@ class LanguageModel:
         """
         self.cfg = cfg
         self.name = cfg.name
-        found = find_source(cfg)
-        self.source, self.gguf_file = found.path, found.gguf_file
-        self._read_options = {"gguf_file": found.gguf_file.name} if found.gguf_file else {}
+        files = find_source(cfg)
+        self.source, self.gguf_file = files.path, files.gguf_file
+        self._read_options = {"gguf_file": files.gguf_file.name} if files.gguf_file else {}
         self.device = pick_device(cfg.device)
-        if found.gguf_file is not None:
-            self._prepare_gguf(found.gguf_file, cache_dir)
+        if files.gguf_file is not None:
+            self._prepare_gguf(files.gguf_file, cache_dir)
         self.in_memory = False
         self.prepend_bos = cfg.prepend_bos
         self.observed = ObservedBehavior()

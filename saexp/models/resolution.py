@@ -273,8 +273,8 @@ def native_dtypes(device: torch.device) -> frozenset[torch.dtype]:
 def _cpu_computes(dtype: torch.dtype) -> bool:
     if hasattr(torch.cpu, "get_capabilities"):
         kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-        found = torch.cpu.get_capabilities()
-        return any(found.get(f"{unit}_{kind}", False) for unit in ("avx512", "amx"))
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(f"{unit}_{kind}", False) for unit in ("avx512", "amx"))
     # Older versions of PyTorch.
     names = {
         torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),

@@ -89,7 +89,7 @@ class EncodedLayer:
     """One layer of a run: its SAE and the latents at the run's rows."""
 
     sae: SparseAutoencoder
-    held: Latents | None
+    row_latents: Latents | None
     """Latents at all rows; None for a corpus, whose latents are not held in memory."""
     background: Latents | None
     """Latents at the ordinary positions of neutral text; None where there is none."""
@@ -100,8 +100,8 @@ class EncodedLayer:
     @property
     def latents(self) -> Latents:
         """Latents at all rows, of examples."""
-        assert self.held is not None, "those of a corpus are streamed"
-        return self.held
+        assert self.row_latents is not None, "those of a corpus are streamed"
+        return self.row_latents
 
     @property
     def layer(self) -> int:

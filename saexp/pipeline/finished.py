@@ -93,20 +93,20 @@ def sae_content(cfg: SAEConfig) -> Content | None:
     if cfg.loader != "path":
         return contents(Path(cfg.path)) if cfg.path and Path(cfg.path).exists() else []
     try:
-        place = fill_path(cfg)
+        path = fill_path(cfg)
     except SaexpError:
         return None
-    if place.exists():
-        return _beside(place) + (contents(place) if place.is_dir() else [])
-    if place.is_absolute() or len(place.parts) < 2 or place.parts[0].startswith("."):
+    if path.exists():
+        return _beside(path) + (contents(path) if path.is_dir() else [])
+    if path.is_absolute() or len(path.parts) < 2 or path.parts[0].startswith("."):
         return None
-    return _in_repository("/".join(place.parts[:2]), "/".join(place.parts[2:]))
+    return _in_repository("/".join(path.parts[:2]), "/".join(path.parts[2:]))
 
 
-def _beside(place: Path) -> Content:
+def _beside(path: Path) -> Content:
     """Content of a weights file, of the configs beside it, and of a training run's config above."""
-    above = [place.parent / "config.json", place.parent.parent / "config.json"]
-    files = [place, *place.parent.glob("*.json")] if place.is_file() else []
+    above = [path.parent / "config.json", path.parent.parent / "config.json"]
+    files = [path, *path.parent.glob("*.json")] if path.is_file() else []
     return [(f.name, content_name(f)) for f in sorted({*files, *above}) if f.is_file()]
 
 
@@ -248,12 +248,12 @@ def fingerprint(cfg: RunConfig) -> str | None:
     config = dataclasses.asdict(cfg)
     for key in WITHOUT_EFFECT:
         config.pop(key)
-    config["intervention"]["keep"] = cfg.intervention.kept()
+    config["intervention"]["keep"] = cfg.intervention.effective_keep()
     code = [code_content(), plugins_content(cfg)]
     return digest_of(VERSION, config, model, saes, data, code)[:24]
 
 
-def _named(cfg: RunConfig) -> list[str | None]:
+def _config_paths(cfg: RunConfig) -> list[str | None]:
     """Values of the settings that may name local files and folders."""
     transfer = cfg.analyzer.transfer if isinstance(cfg.analyzer, ProbeConfig) else None
     return [cfg.dataset.path, cfg.dataset.background, cfg.sae.path, cfg.model.name, transfer]
@@ -261,7 +261,7 @@ def _named(cfg: RunConfig) -> list[str | None]:
 
 def inputs(cfg: RunConfig) -> frozenset[Path]:
     """Existing files and folders that the config names; the run must not remove them."""
-    return frozenset(Path(p).resolve() for p in _named(cfg) if p and Path(p).exists())
+    return frozenset(Path(p).resolve() for p in _config_paths(cfg) if p and Path(p).exists())
 
 
 def _entry(cfg: RunConfig, key: str, copy: Path | None = None) -> Path:
@@ -334,15 +334,15 @@ class _NotReusableError(Exception):
     """A finished run is not reused; the message names the file."""
 
 
-def find_finished(cfg: RunConfig, key: str | None, place: Path | None = None) -> Finished | None:
+def find_finished(cfg: RunConfig, key: str | None, folder: Path | None = None) -> Finished | None:
     """A finished run with this fingerprint and unchanged files.
 
-    A copy in the folder `place` is preferred, then the run itself, then other copies. One warning
+    A copy in the folder `folder` is preferred, then the run itself, then other copies. One warning
     names what is missing or changed; removed run folders are not mentioned.
     """
     if key is None:
         return None
-    own = [] if place is None else [_entry(cfg, key, place)]
+    own = [] if folder is None else [_entry(cfg, key, folder)]
     copies = sorted(_entry(cfg, key).parent.glob(f"{key}-*.json"))
     reasons: list[str] = []
     for entry in dict.fromkeys([*own, _entry(cfg, key), *copies]):
@@ -456,13 +456,13 @@ def reuse(
 
 def _make_subfolder(folder: Path, name: str) -> None:
     """Create the subfolder of a file such as `sae/cfg.json` in a run's folder."""
-    place = (folder / name).parent
-    if place == folder or not folder.is_dir():
+    parent = (folder / name).parent
+    if parent == folder or not folder.is_dir():
         return
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise cannot_write(place, error, option=RUN_FOLDER) from error
+        raise cannot_write(parent, error, option=RUN_FOLDER) from error
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -313,10 +313,10 @@ class HeldOutEvaluation:
         with tempfile.TemporaryDirectory(prefix="saexp-") as folder:
             saes = []
             for number, training in enumerate(trainings):
-                place = Path(folder) / str(number)
-                place.mkdir()
-                training.snapshot(place)
-                saes.append(load_sae(place).to(self.model.device))
+                snapshot_folder = Path(folder) / str(number)
+                snapshot_folder.mkdir()
+                training.snapshot(snapshot_folder)
+                saes.append(load_sae(snapshot_folder).to(self.model.device))
         evaluations = evaluate_saes(self.model, saes, self.texts, self.settings)
         self.data.n_evaluated += sum(map(len, self.texts))
         results = []

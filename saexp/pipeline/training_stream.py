@@ -93,11 +93,11 @@ class StreamBatches:
         """Continue at the newest intact checkpoint of the stream up to this step, else at 0."""
         self._streams = list(streams)
         self._begin()
-        found = self._checkpoints.resume(self._load, latest=step)
-        self._processes.require_same("the checkpoint of the stream", found)
-        if found < step:
-            log.info("the corpus is read again from step %d to %d", found, step)
-        return found
+        resumed_step = self._checkpoints.resume(self._load, latest=step)
+        self._processes.require_same("the checkpoint of the stream", resumed_step)
+        if resumed_step < step:
+            log.info("the corpus is read again from step %d to %d", resumed_step, step)
+        return resumed_step
 
     def _begin(self) -> None:
         self._stream = self._make(list(dict.fromkeys(h for s in self._streams for h in s)))
@@ -472,13 +472,13 @@ def split(
     rng = np.random.default_rng(seed)
     edges = np.linspace(0, n, n_blocks + 1).astype(np.int64)
     sizes = np.diff(np.linspace(0, wanted, n_blocks + 1).astype(np.int64))
-    held_out, kept = np.zeros(n, dtype=bool), np.ones(n, dtype=bool)
+    held_out, usable = np.zeros(n, dtype=bool), np.ones(n, dtype=bool)
     for first, end, size in zip(edges[:-1], edges[1:], sizes, strict=True):
         start = int(rng.integers(first, max(first, end - size) + 1))
         held_out[start : start + size] = True
         low, high = _sharing(corpus, start, start + int(size))
-        kept[low:high] = False
-    train = np.flatnonzero(kept & ~held_out)
+        usable[low:high] = False
+    train = np.flatnonzero(usable & ~held_out)
     if not len(train) or not held_out.any():
         raise ConfigError(
             f"the corpus has {counted(n, 'context')}, and none is left to train on that shares no "

@@ -149,8 +149,8 @@ def variance_notes(metrics: Mapping[str, float | int | None]) -> list[str]:
 def _table(sae: SparseAutoencoder, fit: Fit) -> pd.DataFrame:
     """A row per quantity, then one per other reading of the SAE's files."""
     rows = [(c.quantity, c.measured, c.expected, c.tolerance, c.verdict) for c in fit.comparisons]
-    named = [(f"explained variance {name}", value) for name, value in fit.others.items()]
-    rows += [(quantity, here, None, "", "other reading") for quantity, here in named]
+    readings = [(f"explained variance {name}", value) for name, value in fit.others.items()]
+    rows += [(quantity, here, None, "", "other reading") for quantity, here in readings]
     columns = ["quantity", "here", "expected", "tolerance", "verdict"]
     table = pd.DataFrame(rows, columns=columns).astype({"here": float, "expected": float})
     table.insert(0, "hookpoint", sae.hookpoint.name)

@@ -105,7 +105,7 @@ def variants_of(trainer: SAETrainerConfig) -> dict[str, SAETrainerConfig]:
     base = replace(trainer, variants=[])
     if not trainer.variants:
         return {"": base}
-    configs = [_variant(base, given) for given in trainer.variants]
+    configs = [_variant(base, variant) for variant in trainer.variants]
     values = [_settings(one) for one in configs]
     keys = list(dict.fromkeys(["name", *(key for one in values for key in one)]))
     varying = [k for k in keys if len({json.dumps(v[k]) for v in values if k in v}) > 1]
@@ -127,13 +127,13 @@ def _words(key: str, value: Any) -> str:
     return re.sub(r"[^\w.+-]+", "_", text).strip("_")
 
 
-def _variant(base: SAETrainerConfig, given: Any) -> SAETrainerConfig:
-    if not isinstance(given, Mapping) or not given:
+def _variant(base: SAETrainerConfig, variant: Any) -> SAETrainerConfig:
+    if not isinstance(variant, Mapping) or not variant:
         raise ConfigError(
-            f"sae_trainer.variants: {given} is not a mapping; type e.g. "
+            f"sae_trainer.variants: {variant} is not a mapping; type e.g. "
             "'sae_trainer.variants=[{k:16},{k:32}]'"
         )
-    settings = {str(key): value for key, value in given.items()}
+    settings = {str(key): value for key, value in variant.items()}
     shared = {f.name for f in fields(SAETrainerConfig)} - {*OF_ONE_SAE, "options"}
     for key in settings:
         if key in shared:
@@ -147,12 +147,12 @@ def _variant(base: SAETrainerConfig, given: Any) -> SAETrainerConfig:
     options |= {key: settings.pop(key) for key in list(settings) if key not in OF_ONE_SAE}
     try:
         merged = OmegaConf.merge(OmegaConf.structured(replace(base, options=options)), settings)
-        made = OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"sae_trainer.variants: {dict(given)}: {reason}") from error
-    assert isinstance(made, SAETrainerConfig)
-    return made
+        raise ConfigError(f"sae_trainer.variants: {dict(variant)}: {reason}") from error
+    assert isinstance(config, SAETrainerConfig)
+    return config
 
 
 def _shipped_options(name: str) -> dict[str, Any]:

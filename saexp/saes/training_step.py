@@ -253,12 +253,12 @@ class QuickBatchTopK(BatchTopK):
         if not least > 0:
             return torch.from_numpy(np.flatnonzero(values > 0))
         self.least = float(least)
-        kept = np.flatnonzero(values >= least)
-        if len(kept) > n:
+        top = np.flatnonzero(values >= least)
+        if len(top) > n:
             # Of equal activations, the first are kept.
-            equal = np.flatnonzero(values[kept] == least)
-            kept = np.delete(kept, equal[len(equal) - (len(kept) - n) :])
-        return torch.from_numpy(kept)
+            equal = np.flatnonzero(values[top] == least)
+            top = np.delete(top, equal[len(equal) - (len(top) - n) :])
+        return torch.from_numpy(top)
 
 
 class QuickBatchTopKTrainingSAE(BatchTopKTrainingSAE, QuickTopKTrainingSAE):
@@ -343,8 +343,8 @@ class SharedBatchTopK(BatchTopK):
         own = _largest(acts.detach().flatten(), n)
         largest[: len(own)] = own
         candidates = self.processes.joined(largest)
-        kept = candidates.topk(n, sorted=False).values
-        positive = kept[kept > 0]
+        top_values = candidates.topk(n, sorted=False).values
+        positive = top_values[top_values > 0]
         self.least = float(positive.min()) if len(positive) else None
         if self.least is None:
             return acts

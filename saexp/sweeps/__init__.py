@@ -71,9 +71,9 @@ def group_name(sweep: Path, cells: list[list[str]], experiment: str | None) -> s
     plan = read_plan(sweep)
     if isinstance(plan.get("group"), str) and plan["cells"] == cells:
         return plan["group"]
-    named = experiment or ("" if re.match(r"\d\d-\d\d-\d\d", sweep.name) else sweep.name)
+    label = experiment or ("" if re.match(r"\d\d-\d\d-\d\d", sweep.name) else sweep.name)
     started = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
-    return f"{started} · {named}" if named else started
+    return f"{started} · {label}" if label else started
 
 
 def group_of(sweep: Path | None) -> str | None:
@@ -107,12 +107,12 @@ def run_name(config: Mapping[str, Any], folder: Path, sweep: Path | None) -> str
     After the name that the user gave (`tracker.name`, WANDB_NAME), else the model, stand the
     settings that vary in the sweep; without them SAE and layer, which a given name replaces.
     """
-    given = (config.get("tracker") or {}).get("name") or os.environ.get("WANDB_NAME")
+    base_name = (config.get("tracker") or {}).get("name") or os.environ.get("WANDB_NAME")
     sae, layer = config["sae"], config.get("layer")
     control = f"{sae_name({}, sae)} control" if sae.get("loader") == "random" else ""
-    varying = [] if sweep is None else _varying(folder, sweep, with_model=bool(given))
-    if given:
-        about = [given]
+    varying = [] if sweep is None else _varying(folder, sweep, with_model=bool(base_name))
+    if base_name:
+        about = [base_name]
     elif varying:
         about = [model_title(config["model"]["name"]), control]
     else:

@@ -84,8 +84,8 @@ def composed(words: Sequence[str]) -> RunConfig:
 def _relevant_words(cell: list[str]) -> list[str]:
     """The overrides of a cell that may change which hookpoint of which texts it needs."""
     keys = [key_of(w) for w in cell]
-    named = any(key in _OF_LAYERS for key in keys)
-    return [w for w, key in zip(cell, keys, strict=True) if not _ignored(key, named)]
+    has_layer_key = any(key in _OF_LAYERS for key in keys)
+    return [w for w, key in zip(cell, keys, strict=True) if not _ignored(key, has_layer_key)]
 
 
 def _ignored(key: str, layers_named: bool) -> bool:

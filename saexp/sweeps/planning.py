@@ -452,21 +452,21 @@ def _track(folder: Path, table: Any, figures: dict[str, Any]) -> None:
         return
     settings: Any = OmegaConf.to_container(OmegaConf.load(composed).tracker, resolve=True)
     # W&B's own process may run in another working directory.
-    place, group = folder.resolve(), group_of(folder)
+    sweep_folder, group = folder.resolve(), group_of(folder)
     tracker = tracking.start(
         to_tracker_config(settings),
-        folder=place,
+        folder=sweep_folder,
         config={"command": read_plan(folder).get("command"), "n_cells": len(table)},
         name=f"sweep {group}",
         job_type="sweep",
         group=group,
-        sweep=place,
+        sweep=sweep_folder,
     )
     counts = table["status"].value_counts()
     tracker.metrics({f"sweep/{state.replace(' ', '_')}": int(n) for state, n in counts.items()})
     tracker.table("sweep", table)
     for name, figure in figures.items():
         tracker.figure(name, figure)
-    pages = {name: place / name for name in ("sweep.parquet", "sweep.html")}
+    pages = {name: sweep_folder / name for name in ("sweep.parquet", "sweep.html")}
     tracker.artifact(tracking.Artifact(f"sweep-{group}", "sweep", pages))
     tracker.finish(0)

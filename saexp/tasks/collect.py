@@ -201,7 +201,7 @@ class Pruned:
 
     removed: list[str]
     """Keys of the stores removed."""
-    kept: dict[str, str]
+    skipped: dict[str, str]
     """Key -> reason, for stores that exceed the limits and could not be removed."""
     n_bytes: int
     """Bytes of the remaining stores."""
@@ -224,7 +224,7 @@ def prune(cache_dir: str | Path, *, max_size: str | None, max_age: str | None) -
     for folder in candidates:
         _remove_joined_files(folder)
     sizes = {folder: size(folder) for folder in candidates}
-    total, removed, kept = sum(sizes.values()), [], {}
+    total, removed, skipped = sum(sizes.values()), [], {}
     for folder in candidates:
         old = span is not None and time.time() - last_used(folder) > span
         if not old and (n_bytes is None or total <= n_bytes):
@@ -237,8 +237,8 @@ def prune(cache_dir: str | Path, *, max_size: str | None, max_age: str | None) -
             total -= sizes[folder]
             removed.append(folder.name)
         else:
-            kept[folder.name] = reason
-    return Pruned(removed, kept, total)
+            skipped[folder.name] = reason
+    return Pruned(removed, skipped, total)
 
 
 def _remove_joined_files(folder: Path) -> None:
@@ -357,7 +357,7 @@ def manage(cfg: RunConfig, context: RunContext) -> Result:
     elif task.action == "prune":
         pruned = prune(cfg.cache_dir, max_size=task.max_size, max_age=task.max_age)
         notes.append(f"removed {', '.join(pruned.removed) or 'nothing'}")
-        notes += [f"{key} stays: {reason}" for key, reason in pruned.kept.items()]
+        notes += [f"{key} stays: {reason}" for key, reason in pruned.skipped.items()]
     elif task.action == "compare":
         if len(task.stores) != 2:
             raise ConfigError(

@@ -278,8 +278,8 @@ def side_by_side(parts: Sequence[Part], *, many_layers: bool, many_widths: bool)
         "texts": [p.texts for p in parts],
     }
     for name, tables in of_parts.items():
-        named = [t.assign(sae=of) for t, of in zip(tables, labels, strict=True)]
-        result.tables[name] = pd.concat(named, ignore_index=True)
+        labelled = [t.assign(sae=of) for t, of in zip(tables, labels, strict=True)]
+        result.tables[name] = pd.concat(labelled, ignore_index=True)
     return result
 
 

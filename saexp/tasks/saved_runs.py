@@ -83,7 +83,7 @@ def sections(keys: Keys) -> list[Section]:
     aurocs = _matching(keys.summary, r"contrast/best_auroc_.+_test")
     objectives = [k for k in aurocs if "_ci_" not in k]
     objectives += [k for k in effects if _MAIN.search(k)]
-    found = [
+    candidates = [
         Section("Overview", tuple(_overview(keys.summary))),
         Section("Dose-response", tuple(_dose_response(keys, effects))),
         Section("Grid", tuple(_grid(objectives))),
@@ -91,7 +91,7 @@ def sections(keys: Keys) -> list[Section]:
         Section("Training", tuple(_training(keys.series))),
         Section("Tables", tuple(Panel("table", t, (f"tables/{t}",)) for t in sorted(keys.tables))),
     ]
-    return [section for section in found if section.panels]
+    return [section for section in candidates if section.panels]
 
 
 def _matching(names: Iterable[str], pattern: str) -> list[str]:
@@ -227,7 +227,7 @@ def _library(module: str) -> Any:
         ) from error
 
 
-def build(found: Sequence[Section], *, entity: str, project: str, name: str) -> Any:
+def build(page_sections: Sequence[Section], *, entity: str, project: str, name: str) -> Any:
     """The workspace as an object of wandb-workspaces. Raises ConfigError without it."""
     reports, workspaces = _library("reports.v2"), _library("workspaces")
     return workspaces.Workspace(
@@ -240,17 +240,17 @@ def build(found: Sequence[Section], *, entity: str, project: str, name: str) -> 
                 is_open=True,
                 panels=[_built(panel, reports) for panel in section.panels],
             )
-            for section in found
+            for section in page_sections
         ],
     )
 
 
-def build_report(found: Sequence[Section], *, entity: str, project: str, name: str) -> Any:
+def build_report(page_sections: Sequence[Section], *, entity: str, project: str, name: str) -> Any:
     """A report with the same panels, as an object of wandb-workspaces. Raises ConfigError without
     it."""
     reports = _library("reports.v2")
     blocks = [reports.TableOfContents()]
-    for section in found:
+    for section in page_sections:
         grid = reports.PanelGrid(
             runsets=[reports.Runset(entity=entity, project=project)],
             panels=[_built(panel, reports) for panel in section.panels],
@@ -293,14 +293,16 @@ def workspace(cfg: RunConfig, context: RunContext) -> Result:
     path = task.path
     folder = Path(path)
     keys, notes = keys_of_folder(folder) if folder.is_dir() else (keys_of_project(path), [])
-    found = sections(keys)
+    page_sections = sections(keys)
     write_json(
-        context.folder / "workspace.json", [asdict(section) for section in found], option=RUN_FOLDER
+        context.folder / "workspace.json",
+        [asdict(section) for section in page_sections],
+        option=RUN_FOLDER,
     )
     rows = [
         {"section": section.name, "panel": panel.kind, "title": panel.title, "x": panel.x or ""}
         | {"y": ", ".join(panel.y), "by": panel.color or ""}
-        for section in found
+        for section in page_sections
         for panel in section.panels
     ]
     result = Result(tables={"workspace": pd.DataFrame(rows)}, notes=notes)
@@ -310,7 +312,9 @@ def workspace(cfg: RunConfig, context: RunContext) -> Result:
             entity, _, project = path.rpartition("/")
         entity = entity or _default_entity()
         for builder in (build, build_report) if task.report else (build,):
-            view = builder(found, entity=entity, project=project or "saexp", name=task.title)
+            view = builder(
+                page_sections, entity=entity, project=project or "saexp", name=task.title
+            )
             result.notes.append(f"saved {view.save().url}")
     return result
 

@@ -252,14 +252,14 @@ def _companions(context: RunContext, model: LanguageModel, own: Sequence[Target]
     for entry in context.trainings:
         try:
             trainer = _resolved(entry["sae_trainer"], model)
-            found = targets(entry["layer"], entry["width"], entry["streams"], trainer)
-            for hookpoint in (h for target in found for h in target.hookpoints):
+            layer_targets = targets(entry["layer"], entry["width"], entry["streams"], trainer)
+            for hookpoint in (h for target in layer_targets for h in target.hookpoints):
                 model.check_layer(hookpoint.layer)
         except SaexpError:
             # Its own cell reports it.
             continue
         known = [_identity(target) for target in (*own, *result)]
-        new = [target for target in found if _identity(target) not in known]
+        new = [target for target in layer_targets if _identity(target) not in known]
         left -= sum(_n_bytes(target, model) for target in new)
         if left < 0:
             break

@@ -137,11 +137,11 @@ class TensorboardTracker(NullTracker):
         """Write name, group, job type, notes, tags and the config."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        place = folder / "tensorboard"
+        logdir = folder / "tensorboard"
         try:
-            self.writer = SummaryWriter(str(place))
+            self.writer = SummaryWriter(str(logdir))
         except OSError as error:
-            raise cannot_write(place, error, option=RUN_FOLDER) from error
+            raise cannot_write(logdir, error, option=RUN_FOLDER) from error
         self.config, self.job_type = dict(config), job_type
         about = {"name": self.cfg.name or name, "group": self.cfg.group or group}
         about |= {"job_type": job_type, "tags": list(self.cfg.tags), "notes": self.cfg.notes}
@@ -304,9 +304,11 @@ class MlflowTracker(NullTracker):
 
     def artifact(self, artifact: Artifact) -> None:
         """Record files; what is recorded by its path alone becomes a tag."""
-        place = f"artifacts/{artifact.name.replace('/', '-')}"
+        remote_path = f"artifacts/{artifact.name.replace('/', '-')}"
         for file in artifact.files.values():
-            self._attempt(lambda file=file: self.client.log_artifact(self.run, str(file), place))
+            self._attempt(
+                lambda file=file: self.client.log_artifact(self.run, str(file), remote_path)
+            )
         if artifact.reference is not None:
             tag = f"{'input' if artifact.is_input else 'output'}.{artifact.type}"
             self._attempt(lambda: self.client.set_tag(self.run, tag, str(artifact.reference)))

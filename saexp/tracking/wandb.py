@@ -299,18 +299,18 @@ class WandbTracker(NullTracker):
         def action(run: Any) -> None:
             # Of a run's results there is one artifact per run, whose versions are its attempts.
             name = f"{artifact.name}-{run.id}" if artifact.type == "results" else artifact.name
-            made = self.wandb.Artifact(
+            wandb_artifact = self.wandb.Artifact(
                 re.sub(r"[^\w.-]+", "-", name)[:128],
                 artifact.type,
                 metadata=dict(artifact.metadata),
             )
             for path, file in artifact.files.items():
                 # Without a copy in W&B's cache: results do not change once they are written.
-                made.add_file(str(file), name=path, policy="immutable", skip_cache=True)
+                wandb_artifact.add_file(str(file), name=path, policy="immutable", skip_cache=True)
             if artifact.reference is not None:
                 path = artifact.reference.resolve()
-                made.add_reference(path.as_uri(), name=path.name, checksum=False)
-            _log_artifact(run, made, is_input=artifact.is_input)
+                wandb_artifact.add_reference(path.as_uri(), name=path.name, checksum=False)
+            _log_artifact(run, wandb_artifact, is_input=artifact.is_input)
 
         self._record(action)
 

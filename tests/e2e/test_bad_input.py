@@ -44,7 +44,7 @@ GOOD = {"text": "The player Ann Lee", "group": "a", "entity": "Ann Lee"}
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["model=tinny"], "model=tinny: no such option; did you mean tiny?"),
         (["sae=gemascope"], "sae=gemascope: no such option; did you mean gemmascope"),
@@ -79,14 +79,14 @@ GOOD = {"text": "The player Ann Lee", "group": "a", "entity": "Ann Lee"}
         (["layer=[0,1"], "cannot be read as key=value"),
     ],
 )
-def test_one_line(refused: Command, words: list[str], said: str) -> None:
-    assert said in refused(*words)
+def test_one_line(refused: Command, words: list[str], message: str) -> None:
+    assert message in refused(*words)
 
 
 def test_the_error_of_a_malformed_row_has_file_and_line(refused: Command, tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
-    said = refused("dataset=jsonl", rows(path, GOOD, "{text: 1}"))
-    assert f"{path}:2: is not JSON" in said
+    message = refused("dataset=jsonl", rows(path, GOOD, "{text: 1}"))
+    assert f"{path}:2: is not JSON" in message
 
 
 def test_an_empty_file(refused: Command, tmp_path: Path) -> None:
@@ -94,59 +94,61 @@ def test_an_empty_file(refused: Command, tmp_path: Path) -> None:
 
 
 def test_one_group_only(refused: Command, tmp_path: Path) -> None:
-    said = refused("dataset=jsonl", rows(tmp_path / "mine.jsonl", GOOD, {**GOOD, "id": "b"}))
-    assert "all rows are of one group, a (2); a contrast needs two" in said
+    message = refused("dataset=jsonl", rows(tmp_path / "mine.jsonl", GOOD, {**GOOD, "id": "b"}))
+    assert "all rows are of one group, a (2); a contrast needs two" in message
 
 
 def test_an_entity_that_is_not_in_its_text(refused: Command, tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
-    said = refused("dataset=jsonl", rows(path, GOOD, {**GOOD, "entity": "Bob"}))
-    assert f"{path}:2: entity 'Bob' does not occur in its text 'The player Ann Lee'" in said
+    message = refused("dataset=jsonl", rows(path, GOOD, {**GOOD, "entity": "Bob"}))
+    assert f"{path}:2: entity 'Bob' does not occur in its text 'The player Ann Lee'" in message
 
 
 def test_too_few_entities_in_a_split(refused: Command, tmp_path: Path) -> None:
     other = {"text": "The player Bo Dee", "group": "b", "entity": "Bo Dee"}
-    said = refused("dataset=jsonl", "intervention=none", rows(tmp_path / "mine.jsonl", GOOD, other))
-    assert "a contrast needs at least 2" in said
+    message = refused(
+        "dataset=jsonl", "intervention=none", rows(tmp_path / "mine.jsonl", GOOD, other)
+    )
+    assert "a contrast needs at least 2" in message
 
 
 def test_a_model_and_an_sae_of_different_size(refused: Command, tmp_path: Path) -> None:
     from tests.random_models import random_hf, save
 
     save(random_hf("llama"), tmp_path / "model")
-    said = refused(
+    message = refused(
         "model=hf",
         f"model.name={tmp_path / 'model'}",
         "layer=1",
         "sae=local",
         f"sae.path={Path(__file__).parents[2]}/saexp/assets/tiny/sae/layer_1/width_256",
     )
-    assert "reads vectors of 128 numbers, but model has d_model=32" in said
+    assert "reads vectors of 128 numbers, but model has d_model=32" in message
 
 
 def test_a_pickle_as_sae(refused: Command, tmp_path: Path) -> None:
     (tmp_path / "sae.pt").write_bytes(pickle.dumps({"W_enc": 1}))
-    said = refused("sae=local", f"sae.path={tmp_path / 'sae.pt'}")
-    assert "is a pickle file, which can run code when opened" in said
+    message = refused("sae=local", f"sae.path={tmp_path / 'sae.pt'}")
+    assert "is a pickle file, which can run code when opened" in message
 
 
 def test_a_layer_that_contradicts_the_sae(refused: Command) -> None:
     folder = Path(__file__).parents[2] / "saexp/assets/tiny/sae/layer_1/width_256"
-    said = refused("layer=3", "sae=local", f"sae.path={folder}")
-    assert "layer=3, but local was trained on layer_1.resid_post; type layer=1" in said
+    message = refused("layer=3", "sae=local", f"sae.path={folder}")
+    assert "layer=3, but local was trained on layer_1.resid_post; type layer=1" in message
 
 
 def test_a_cache_folder_that_cannot_be_written(refused: Command, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file, not a folder", encoding="utf-8")
-    said = refused(f"cache_dir={tmp_path / 'taken'}")
-    assert "cannot write" in said
-    assert "choose another cache_dir=" in said
+    message = refused(f"cache_dir={tmp_path / 'taken'}")
+    assert "cannot write" in message
+    assert "choose another cache_dir=" in message
 
 
 def test_a_run_folder_that_cannot_be_made(refused: Command, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file, not a folder", encoding="utf-8")
-    said = refused(f"hydra.run.dir={tmp_path}/taken/run")
-    assert "taken/run" in said
+    message = refused(f"hydra.run.dir={tmp_path}/taken/run")
+    assert "taken/run" in message
 
 
 def test_a_cluster_job_that_was_lost(
@@ -158,17 +160,17 @@ def test_a_cluster_job_that_was_lost(
         raise lost("Job (task=0) failed with trace:\nTraceback …\nMemoryError: no room\n")
 
     monkeypatch.setattr("saexp.cli._job", sweep)
-    said = refused("-m", "layer=1,2")
-    assert said == (
+    message = refused("-m", "layer=1,2")
+    assert message == (
         "a process of the sweep ended without a result (FailedJobError: Job (task=0) failed with "
         "trace: … MemoryError: no room); what was finished is kept, and the same command computes "
         "the rest"
     )
     monkeypatch.setattr(PROCESS, "sweep", tmp_path / "sweep")
     (tmp_path / "sweep").mkdir()
-    said = refused("-m", "layer=1,2")
-    assert "MemoryError: no room; full error in " in said
-    assert "sweep/launcher_error.txt); what was finished is kept" in said
+    message = refused("-m", "layer=1,2")
+    assert "MemoryError: no room; full error in " in message
+    assert "sweep/launcher_error.txt); what was finished is kept" in message
     error_file = (tmp_path / "sweep/launcher_error.txt").read_text("utf-8")
     assert "Traceback …\nMemoryError: no room" in error_file
     assert "in sweep\n" in error_file

@@ -16,7 +16,7 @@ from saexp.errors import ConfigError, ModelError
 from saexp.files import locked
 from saexp.models import Hookpoint
 from saexp.tasks import collect as stores
-from tests.unit.reports.left import command
+from tests.unit.reports.run_outputs import command
 
 POSTS = [Hookpoint(0, "resid_post"), Hookpoint(1, "resid_post")]
 ROWS = 6
@@ -26,7 +26,7 @@ def store(
     cache_dir: Path, texts: str = "a", *, days: float = 0, width: int = 4, **ingredients: Any
 ) -> ActivationStore:
     """A whole store of two hookpoints in two shards, last used some days ago."""
-    made = ActivationStore.create_or_open(
+    activation_store = ActivationStore.create_or_open(
         cache_dir,
         {"model": "tiny", "dtype": "float32", "texts": texts, **ingredients},
         pd.DataFrame({"row": range(ROWS), "text": texts}),
@@ -34,16 +34,16 @@ def store(
         about={"dataset": f"set {texts}", "positions": "last"},
     )
     for hookpoint in POSTS:
-        for index, (first, end) in enumerate(made.shard_bounds):
-            made.write_shard(hookpoint, index, torch.ones(end - first, width))
-    made.close()
-    used(made, days)
-    return made
+        for index, (first, end) in enumerate(activation_store.shard_bounds):
+            activation_store.write_shard(hookpoint, index, torch.ones(end - first, width))
+    activation_store.close()
+    used(activation_store, days)
+    return activation_store
 
 
-def used(made: ActivationStore, days: float) -> None:
+def used(activation_store: ActivationStore, days: float) -> None:
     at = time.time() - 86400 * days
-    os.utime(made.path / USED, (at, at))
+    os.utime(activation_store.path / USED, (at, at))
 
 
 def keys(cache_dir: Path) -> set[str]:
@@ -104,16 +104,16 @@ def test_verifying_names_every_damaged_shard_and_no_other(
 ) -> None:
     # Large shards are not hashed when a store is opened.
     monkeypatch.setattr("saexp.activations._HASH_ON_OPEN_BYTES", 1)
-    sound, made = store(tmp_path, "a"), store(tmp_path, "b")
-    assert stores.damaged(made) == []
-    flip(made.path / "layer_1.resid_post/00001.safetensors")
-    assert ActivationStore.open(made.path).missing(POSTS) == {}
-    assert stores.damaged(made) == ["layer_1.resid_post/00001"]
-    (made.path / "layer_0.resid_post/00000.safetensors").unlink()
+    sound, damaged = store(tmp_path, "a"), store(tmp_path, "b")
+    assert stores.damaged(damaged) == []
+    flip(damaged.path / "layer_1.resid_post/00001.safetensors")
+    assert ActivationStore.open(damaged.path).missing(POSTS) == {}
+    assert stores.damaged(damaged) == ["layer_1.resid_post/00001"]
+    (damaged.path / "layer_0.resid_post/00000.safetensors").unlink()
     (sound.path / "rows.parquet").write_bytes(b"PAR1")
-    assert stores.verify([sound, made]) == {
+    assert stores.verify([sound, damaged]) == {
         sound.path.name: ["rows.parquet"],
-        made.path.name: ["layer_0.resid_post/00000", "layer_1.resid_post/00001"],
+        damaged.path.name: ["layer_0.resid_post/00000", "layer_1.resid_post/00001"],
     }
 
 
@@ -122,7 +122,7 @@ def test_pruning_by_size_drops_those_used_longest_ago(tmp_path: Path) -> None:
     sizes = [stores.size(s.path) for s in stored]
     room = f"{sum(sizes) * 0.99 / 1000}kB"
     pruned = stores.prune(tmp_path, max_size=room, max_age=None)
-    assert (pruned.removed, pruned.kept) == ([stored[1].path.name], {})
+    assert (pruned.removed, pruned.skipped) == ([stored[1].path.name], {})
     assert pruned.n_bytes == sizes[0] + sizes[2]
     assert not stored[1].path.exists()
     assert stores.prune(tmp_path, max_size=room, max_age=None).removed == []
@@ -156,7 +156,7 @@ def test_a_store_that_a_process_works_on_stays(tmp_path: Path) -> None:
     with locked(busy.shard_lock(1)):
         pruned = stores.prune(tmp_path, max_size=None, max_age="1d")
     assert pruned.removed == [idle.path.name]
-    assert pruned.kept == {busy.path.name: "a process is writing it"}
+    assert pruned.skipped == {busy.path.name: "a process is writing it"}
     assert ActivationStore.open(busy.path).hookpoints == POSTS
     assert stores.prune(tmp_path, max_size=None, max_age="1d").removed == [busy.path.name]
 
@@ -232,9 +232,9 @@ def test_task_cache_that_finds_damage_lists_everything_and_ends_with_code_1(
     sound, damaged, broken = (store(tmp_path / "outputs/cache", t) for t in "abc")
     flip(damaged.path / "layer_0.resid_post/00001.safetensors")
     (broken.path / "manifest.json").write_text("{")
-    said = command(tmp_path, "task=cache", "task.action=verify", "hydra.run.dir=verified")
-    assert said.code == 1
-    *listed, last = said.err.splitlines()
+    result = command(tmp_path, "task=cache", "task.action=verify", "hydra.run.dir=verified")
+    assert result.code == 1
+    *listed, last = result.err.splitlines()
     assert last == (
         f"saexp: damaged: {damaged.path.name}: layer_0.resid_post/00001; run what needs them with "
         "verify=true, which computes them again; manifest.json cannot be read in "
@@ -246,18 +246,18 @@ def test_task_cache_that_finds_damage_lists_everything_and_ends_with_code_1(
     assert any(f"{damaged.path.name}: damaged layer_0.resid_post/00001" in line for line in listed)
     assert not any("all sound" in line for line in listed)
     assert len(pd.read_parquet(tmp_path / "verified/stores.parquet")) == 2
-    assert "Traceback" not in said.err
+    assert "Traceback" not in result.err
 
 
 def test_task_cache_prunes_and_says_what(tmp_path: Path) -> None:
     old, new = (store(tmp_path / "cache", t, days=d) for t, d in (("a", 9), ("b", 1)))
     words = ["task=cache", f"cache_dir={tmp_path}/cache", "task.action=prune"]
     with locked(old.shard_lock(0)):
-        said = command(tmp_path, *words, "task.max_age=1w")
-    assert "note: removed nothing" in said.out.splitlines()
-    assert f"note: {old.path.name} stays: a process is writing it" in said.out.splitlines()
-    said = command(tmp_path, *words, "task.max_age=1w")
-    assert f"note: removed {old.path.name}" in said.out.splitlines()
+        result = command(tmp_path, *words, "task.max_age=1w")
+    assert "note: removed nothing" in result.out.splitlines()
+    assert f"note: {old.path.name} stays: a process is writing it" in result.out.splitlines()
+    result = command(tmp_path, *words, "task.max_age=1w")
+    assert f"note: removed {old.path.name}" in result.out.splitlines()
     assert keys(tmp_path / "cache") == {new.path.name}
 
 
@@ -285,9 +285,9 @@ WRONG = [
 
 @pytest.mark.parametrize(("words", "line"), WRONG)
 def test_what_task_cache_cannot_do_is_one_line(tmp_path: Path, words: list[str], line: str) -> None:
-    said = command(tmp_path, "task=cache", *words)
-    assert (said.code, said.out) == (1, "")
-    assert said.err.splitlines() == [f"saexp: {line}"]
+    result = command(tmp_path, "task=cache", *words)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.splitlines() == [f"saexp: {line}"]
 
 
 def test_a_run_that_succeeds_where_one_failed_before_leaves_no_error(tmp_path: Path) -> None:
@@ -300,5 +300,5 @@ def test_a_run_that_succeeds_where_one_failed_before_leaves_no_error(tmp_path: P
 
 
 def test_cells_of_task_cache_finish(tmp_path: Path) -> None:
-    said = command(tmp_path, "-m", "task=cache", "task.action=list,verify")
-    assert "sweep: 2 cells: 2 finished" in said.out.splitlines()
+    result = command(tmp_path, "-m", "task=cache", "task.action=list,verify")
+    assert "sweep: 2 cells: 2 finished" in result.out.splitlines()

@@ -261,13 +261,13 @@ class PlainLoop:
         finally:
             handle.remove()
 
-    def text(self, made: Any, n_prompt: int) -> str:
-        tokens = made.sequences[0, n_prompt:].tolist()
+    def text(self, output: Any, n_prompt: int) -> str:
+        tokens = output.sequences[0, n_prompt:].tolist()
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def is_near_tie(self, made: Any) -> bool:
+    def is_near_tie(self, output: Any) -> bool:
         """Whether rounding could have chosen another token somewhere."""
-        best = torch.cat(made.logits).topk(2).values
+        best = torch.cat(output.logits).topk(2).values
         return bool(((best[:, 0] - best[:, 1]) < 1e-4).any())
 
 

@@ -31,7 +31,7 @@ N_BEST = 2
 
 
 @dataclass(frozen=True)
-class Made:
+class DashboardRun:
     result: Result
     content: dict[str, Any]
     acts: np.ndarray
@@ -41,7 +41,7 @@ class Made:
     sae: SparseAutoencoder
 
 
-def make(folder: Path, cache: Path, *words: str) -> Made:
+def make(folder: Path, cache: Path, *words: str) -> DashboardRun:
     cfg = saexp.compose([*SMALL, *words, f"cache_dir={cache}"])
     result = saexp.run(cfg, folder)
     sae = saexp.build("sae", cfg.sae)
@@ -49,7 +49,9 @@ def make(folder: Path, cache: Path, *words: str) -> Made:
     x = saexp.open_store(about["store"]["path"]).acts(sae.hookpoint.layer, sae.hookpoint.stream)
     content = json.loads((folder / "dashboard.json").read_text("utf-8"))
     acts = sae.encode(x.float()).double().numpy()
-    return Made(result, content, acts, result.tables["rows"], saexp.build("model", cfg.model), sae)
+    return DashboardRun(
+        result, content, acts, result.tables["rows"], saexp.build("model", cfg.model), sae
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +60,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def best(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Made:
+def best(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> DashboardRun:
     return make(tmp_path_factory.mktemp("best"), cache, f"task.latents=top:{N_BEST}")
 
 
 @pytest.fixture(scope="module")
-def named(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Made:
+def listed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> DashboardRun:
     words = ["task.latents=[154,143,154]", "positions=entity_all", "task.n_quantile=1"]
-    return make(tmp_path_factory.mktemp("named"), cache, *words)
+    return make(tmp_path_factory.mktemp("listed"), cache, *words)
 
 
-def test_the_best_are_what_the_contrast_selects(best: Made, cache: Path, tmp_path: Path) -> None:
+def test_the_best_are_what_the_contrast_selects(
+    best: DashboardRun, cache: Path, tmp_path: Path
+) -> None:
     words = [w for w in SMALL if not w.startswith("task")]
     words += ["tracker=none", "intervention=none", f"cache_dir={cache}"]
     table = saexp.run(saexp.compose(words), tmp_path).tables["latents"]
@@ -90,15 +94,15 @@ def test_the_best_are_what_the_contrast_selects(best: Made, cache: Path, tmp_pat
         assert card["contrast"]["is_above_chance"] == (auroc > 0.5 and row["q_value_test"] <= 0.05)
 
 
-def test_named_latents_come_in_their_order_once(named: Made) -> None:
-    assert [c["latent"] for c in named.content["latents"]] == [154, 143]
-    assert named.content["how_chosen"] == "as named"
-    assert named.content["positions"] == "entity_all"
+def test_named_latents_come_in_their_order_once(listed: DashboardRun) -> None:
+    assert [c["latent"] for c in listed.content["latents"]] == [154, 143]
+    assert listed.content["how_chosen"] == "as named"
+    assert listed.content["positions"] == "entity_all"
 
 
-@pytest.mark.parametrize("which", ["best", "named"])
+@pytest.mark.parametrize("which", ["best", "listed"])
 def test_numbers_equal_dense_ones(which: str, request: pytest.FixtureRequest) -> None:
-    dashboard_run: Made = request.getfixturevalue(which)
+    dashboard_run: DashboardRun = request.getfixturevalue(which)
     assert dashboard_run.content["n_rows"] == len(dashboard_run.acts) == len(dashboard_run.rows)
     group = dashboard_run.rows["group"].to_numpy()
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -123,11 +127,11 @@ def test_numbers_equal_dense_ones(which: str, request: pytest.FixtureRequest) ->
         assert measured["n_active"] == card["n_active"]
 
 
-@pytest.mark.parametrize("which", ["best", "named"])
+@pytest.mark.parametrize("which", ["best", "listed"])
 def test_every_token_of_an_example_has_its_own_value(
     which: str, request: pytest.FixtureRequest
 ) -> None:
-    dashboard_run: Made = request.getfixturevalue(which)
+    dashboard_run: DashboardRun = request.getfixturevalue(which)
     of_example = {e: part for e, part in dashboard_run.rows.groupby("example_id")}
     for card in dashboard_run.content["latents"]:
         values = dashboard_run.acts[:, card["latent"]]
@@ -147,7 +151,7 @@ def test_every_token_of_an_example_has_its_own_value(
                 assert shown == pytest.approx(inside, rel=1e-3)
 
 
-def test_similar_directions_are_torchs(best: Made) -> None:
+def test_similar_directions_are_torchs(best: DashboardRun) -> None:
     decoder = best.sae.W_dec
     for card in best.content["latents"]:
         own = decoder[card["latent"]]
@@ -158,7 +162,7 @@ def test_similar_directions_are_torchs(best: Made) -> None:
         assert [c for _, c in card["similar"]] == pytest.approx(expected.values.tolist(), rel=1e-3)
 
 
-def test_promoted_tokens_are_those_of_the_models_own_norm_and_head(best: Made) -> None:
+def test_promoted_tokens_are_those_of_the_models_own_norm_and_head(best: DashboardRun) -> None:
     """Llama's norm: gain times x over its size; so gain times the direction, times the head."""
     hf, words = best.model.hf, best.model.tokenizer
     gain, head = hf.model.norm.weight, hf.lm_head.weight
@@ -186,15 +190,15 @@ def independent(architecture: str, hf: Any, d: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("architecture", ["gemma2", "gpt2", "gpt_neox"])
 def test_promoted_tokens_under_other_norms(architecture: str) -> None:
     model = random_lm(architecture)
-    named = {"name": "r", "loader": "random", "layer": N_LAYERS - 1, "device": "cpu"}
-    sae = random_sae(SAEConfig(**named, d_in=D_MODEL, width=64))
-    found, treated, notes = dashboard.promoted_tokens(
+    settings = {"name": "r", "loader": "random", "layer": N_LAYERS - 1, "device": "cpu"}
+    sae = random_sae(SAEConfig(**settings, d_in=D_MODEL, width=64))
+    cards, treated, notes = dashboard.promoted_tokens(
         [5, 40], sae, model, DashboardConfig(n_tokens=7)
     )
     assert treated is not None
     assert not notes
     n = len(model.tokenizer)
-    for card, latent in zip(found, (5, 40), strict=True):
+    for card, latent in zip(cards, (5, 40), strict=True):
         logits = independent(architecture, model.hf, sae.W_dec[latent])[:n]
         for side, largest in (("promoted", True), ("suppressed", False)):
             expected = logits.topk(7, largest=largest).values.tolist()
@@ -226,7 +230,7 @@ def test_without_groups_the_most_frequent_are_shown_with_a_note(tmp_path: Path) 
 
 
 def test_rows_that_the_contrast_leaves_out_are_in_a_note(
-    tmp_path: Path, best: Made, cache: Path
+    tmp_path: Path, best: DashboardRun, cache: Path
 ) -> None:
     assert best.result.path is not None
     rows = pd.read_parquet(best.result.path / "rows.parquet").drop_duplicates("unit")
@@ -244,7 +248,7 @@ def test_rows_that_the_contrast_leaves_out_are_in_a_note(
 
 
 def test_a_latent_that_never_fires_and_fewer_selected_than_asked_for(
-    tmp_path: Path, best: Made, cache: Path
+    tmp_path: Path, best: DashboardRun, cache: Path
 ) -> None:
     silent = int(np.flatnonzero(best.acts.max(0) == 0)[0])
     dashboard_run = make(
@@ -259,7 +263,7 @@ def test_a_latent_that_never_fires_and_fewer_selected_than_asked_for(
     assert any("not the 255 requested" in n for n in many.result.notes)
 
 
-def test_the_run_leaves_its_files_and_says_what_it_is(best: Made) -> None:
+def test_the_run_leaves_its_files_and_says_what_it_is(best: DashboardRun) -> None:
     folder = best.result.path
     assert folder is not None
     for name in ("dashboard.html", "dashboard.json", "rows.parquet", "contrast.parquet"):
@@ -296,9 +300,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("word", "said"), BAD.items(), ids=list(BAD))
-def test_bad_input_is_one_clear_line(word: str, said: str, tmp_path: Path, cache: Path) -> None:
-    with pytest.raises(ConfigError, match=said):
+@pytest.mark.parametrize(("word", "message"), BAD.items(), ids=list(BAD))
+def test_bad_input_is_one_clear_line(word: str, message: str, tmp_path: Path, cache: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
         saexp.run(saexp.compose([*SMALL, f"cache_dir={cache}", word]), tmp_path)
 
 

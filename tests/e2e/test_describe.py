@@ -206,9 +206,9 @@ def test_transfer_is_collected_too(cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def mine() -> Iterator[None]:
+def custom_analyzer() -> Iterator[None]:
     @saexp.register("analyzer", "mine")
-    class Mine:
+    class MeanNorms:
         """Norms of the activations, and a table of odd cells."""
 
         def __init__(self, cfg: object) -> None:
@@ -230,7 +230,7 @@ def mine() -> Iterator[None]:
     registry.PLUGINS.components.pop(("analyzer", "mine"), None)
 
 
-@pytest.mark.usefixtures("mine")
+@pytest.mark.usefixtures("custom_analyzer")
 def test_a_custom_analyzer_is_run(cache: Path, tmp_path: Path) -> None:
     result = run(cache, tmp_path / "run", "analyzer.name=mine", "layer=1")
     assert result.metrics["mine/none"] is None
@@ -275,6 +275,6 @@ def test_the_command_line_tells_the_finding(
     words = ["experiment=prompt_features", "tracker=none", "analyzer.n_background=200", FEW_NEUTRAL]
     monkeypatch.setattr(sys, "argv", ["saexp", *words])
     main()
-    said = capsys.readouterr().out
-    assert re.search(r"Layer 0: the leading latents are \d+, \d+", said)
-    assert "Layer 4:" in said and "report.html" in said
+    output = capsys.readouterr().out
+    assert re.search(r"Layer 0: the leading latents are \d+, \d+", output)
+    assert "Layer 4:" in output and "report.html" in output

@@ -7,7 +7,7 @@ import pytest
 
 from saexp.sweeps.passes import RATES, _read_rates
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.left import Said, command, table_of
+from tests.unit.reports.run_outputs import CommandResult, command, table_of
 
 SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "dataset.n_examples=20"]
 SMALL += [
@@ -20,18 +20,18 @@ GRID = ["-m", "layer=0,2", "width=256,512", *SMALL]
 STORES = "outputs/cache/activations"
 
 
-def plan(folder: Path, *words: str) -> Said:
+def plan(folder: Path, *words: str) -> CommandResult:
     """A dry run that left every file as it was."""
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    said = command(folder, *words, "sweep.dry_run=true")
-    assert said.code == 0, said.err
+    result = command(folder, *words, "sweep.dry_run=true")
+    assert result.code == 0, result.err
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
-    return said
+    return result
 
 
-def tokens(said: Said) -> int:
-    match = re.search(r"^tokens to forward: ([\d,]+)$", said.out, re.MULTILINE)
-    assert match, said.out
+def tokens(result: CommandResult) -> int:
+    match = re.search(r"^tokens to forward: ([\d,]+)$", result.out, re.MULTILINE)
+    assert match, result.out
     return int(match[1].replace(",", ""))
 
 
@@ -41,24 +41,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def before(folder: Path) -> Said:
+def before(folder: Path) -> CommandResult:
     return plan(folder, *GRID)
 
 
 @pytest.fixture(scope="module")
-def swept(folder: Path, before: Said) -> Said:  # noqa: ARG001
-    said = command(folder, *GRID)
-    assert said.code == 0, said.err[-2000:]
-    return said
+def swept(folder: Path, before: CommandResult) -> CommandResult:  # noqa: ARG001
+    result = command(folder, *GRID)
+    assert result.code == 0, result.err[-2000:]
+    return result
 
 
-def test_the_tokens_are_those_that_the_sweep_forwards(before: Said, swept: Said) -> None:
+def test_the_tokens_are_those_that_the_sweep_forwards(
+    before: CommandResult, swept: CommandResult
+) -> None:
     assert tokens(before) == table_of(swept.sweep)["collection/tokens_forwarded"].sum() > 0
     assert "dry run: 4 cells, 4 to run; nothing is written\n" in before.out
     assert "  1 layer=0 width=512: to run\n" in before.out
 
 
-def test_the_bytes_are_those_of_the_shards(before: Said, swept: Said, folder: Path) -> None:  # noqa: ARG001
+def test_the_bytes_are_those_of_the_shards(
+    before: CommandResult,
+    swept: CommandResult,  # noqa: ARG001
+    folder: Path,
+) -> None:
     shards = [p for p in (folder / STORES).rglob("*.safetensors") if p.stem.isdecimal()]
     size = sum(p.stat().st_size for p in shards)
     match = re.search(r"^disk: ([\d.]+) (kB|MB) of activations", before.out, re.MULTILINE)
@@ -69,7 +75,7 @@ def test_the_bytes_are_those_of_the_shards(before: Said, swept: Said, folder: Pa
 
 
 def test_the_rate_is_from_a_short_pass_until_a_run_has_measured_it(
-    before: Said, swept: Said, folder: Path
+    before: CommandResult, swept: CommandResult, folder: Path
 ) -> None:
     assert swept.code == 0
     assert "tokens/s (measured by a short pass)" in before.out
@@ -80,7 +86,7 @@ def test_the_rate_is_from_a_short_pass_until_a_run_has_measured_it(
     assert tokens(after) > 0
 
 
-def test_finished_cells_and_stored_texts_cost_nothing(swept: Said, folder: Path) -> None:
+def test_finished_cells_and_stored_texts_cost_nothing(swept: CommandResult, folder: Path) -> None:
     assert swept.code == 0
     again = plan(folder, *GRID)
     assert again.out.count("is reused") == 4
@@ -109,21 +115,24 @@ def test_one_run_can_be_planned_too(folder: Path) -> None:
 
 def test_what_cannot_be_counted_is_reported(folder: Path) -> None:
     words = ["-m", "task=collect", "model=hf", "model.name=nobody/nothing", "layer=8,first"]
-    said = plan(folder, *words, *SMALL)
-    assert "not counted: the files of nobody/nothing are not on this machine" in said.out
-    assert "  1 layer=first: fails: " in said.out
-    assert "tokens to forward: 0 (without the texts above" in said.out
+    result = plan(folder, *words, *SMALL)
+    assert "not counted: the files of nobody/nothing are not on this machine" in result.out
+    assert "  1 layer=first: fails: " in result.out
+    assert "tokens to forward: 0 (without the texts above" in result.out
 
 
-def test_finished_cells_are_found_whose_numbers_were_typed(swept: Said, folder: Path) -> None:  # noqa: ARG001
+def test_finished_cells_are_found_whose_numbers_were_typed(
+    swept: CommandResult,  # noqa: ARG001
+    folder: Path,
+) -> None:
     words = ["-m", "layer=0,2", "width=256", "intervention.n_prompts=7", *SMALL]
     assert command(folder, *words).code == 0
     assert "dry run: 2 cells, 0 to run" in plan(folder, *words).out
 
 
 def test_a_choice_by_a_pattern_is_planned(tmp_path: Path) -> None:
-    said = plan(tmp_path, "-m", "model=glob(tin*)", *SMALL)
-    assert "dry run: 2 cells, 2 to run" in said.out
+    result = plan(tmp_path, "-m", "model=glob(tin*)", *SMALL)
+    assert "dry run: 2 cells, 2 to run" in result.out
 
 
 @pytest.mark.parametrize(
@@ -135,7 +144,7 @@ def test_measured_rates_that_are_none_are_ignored(tmp_path: Path, content: str) 
 
 
 def test_a_dry_run_that_is_asked_for_in_another_way_runs_nothing(tmp_path: Path) -> None:
-    said = command(tmp_path, "sweep={dry_run:true}", *SMALL)
-    assert said.code == 1
-    assert "nothing is run" in said.err
+    result = command(tmp_path, "sweep={dry_run:true}", *SMALL)
+    assert result.code == 1
+    assert "nothing is run" in result.err
     assert not list(tmp_path.rglob("metrics.json"))

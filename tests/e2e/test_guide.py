@@ -53,19 +53,19 @@ def test_the_code_runs_on_the_shipped_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = names()
+    namespace = names()
     for _, ours in STEPS.values():
         code = ours.replace('"gpt2-small-res-jb", layer=8', '"tiny", layer=2')
-        exec(code.replace('"gpt2"', '"tiny", device="cpu"'), found)
-    n_tokens = len(found["model"].tokenizer("My name is")["input_ids"])
-    assert found["features"].shape == (n_tokens, 256)
-    assert found["table"].groupby("token_index").size().max() <= 10
-    assert isinstance(found["text"], str)
-    assert found["change"].shape[0] == n_tokens
-    assert [a.shape[1] for a in found["acts"]] == [128, 128]
-    assert len(found["result"].tables["latents"])
+        exec(code.replace('"gpt2"', '"tiny", device="cpu"'), namespace)
+    n_tokens = len(namespace["model"].tokenizer("My name is")["input_ids"])
+    assert namespace["features"].shape == (n_tokens, 256)
+    assert namespace["table"].groupby("token_index").size().max() <= 10
+    assert isinstance(namespace["text"], str)
+    assert namespace["change"].shape[0] == n_tokens
+    assert [a.shape[1] for a in namespace["acts"]] == [128, 128]
+    assert len(namespace["result"].tables["latents"])
     after = PAGE.read_text("utf-8").split("edits them with functions:")[1]
-    exec(after.split("```python\n")[1].split("```")[0], found)
+    exec(after.split("```python\n")[1].split("```")[0], namespace)
 
 
 @pytest.mark.skipif(
@@ -86,11 +86,11 @@ def test_the_other_version_runs(tmp_path: Path) -> None:
         )
         metadata = SAEMetadata(hook_name="blocks.1.hook_resid_post")
         sae_cfg = StandardSAEConfig(d_in=D_MODEL, d_sae=160, metadata=metadata)
-        found = {
+        namespace = {
             **names(),
             "model": HookedTransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(tmp_path)),
             "sae": SAE.from_dict(sae_cfg.to_dict()),
         }
         for lens, _ in list(STEPS.values())[1:]:
-            exec(lens, found)
-    assert found["features"].shape[1] == found["difference"].shape[0] == 160
+            exec(lens, namespace)
+    assert namespace["features"].shape[1] == namespace["difference"].shape[0] == 160

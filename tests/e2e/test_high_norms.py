@@ -87,8 +87,8 @@ def runs(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str
             "positions.max_norm_ratio=null",
         ],
     }
-    place = tmp_path_factory.mktemp("runs")
-    return {n: run(place / n, *words, *TRAIN, *more) for n, more in asked.items()}
+    runs_folder = tmp_path_factory.mktemp("runs")
+    return {n: run(runs_folder / n, *words, *TRAIN, *more) for n, more in asked.items()}
 
 
 def weights(result: Result) -> dict[str, torch.Tensor]:

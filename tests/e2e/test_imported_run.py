@@ -74,8 +74,8 @@ def without_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def same_contrast(found: Any, expected: Any, columns: list[str]) -> None:
-    tables = [r.tables["latents"].set_index("latent").sort_index() for r in (found, expected)]
+def same_contrast(actual: Any, expected: Any, columns: list[str]) -> None:
+    tables = [r.tables["latents"].set_index("latent").sort_index() for r in (actual, expected)]
     pd.testing.assert_frame_equal(*(t[columns] for t in tables))
 
 

@@ -62,8 +62,8 @@ def test_its_direction_is_added_as_a_plain_hook_adds_it(
             lambda x, c=row["coefficient"]: x + c * step,
             (len(tokens) - 1,),
         )
-        said = plain_generate(model, tokens.ids, 8, change)
-        assert model.tokenizer.decode(said, skip_special_tokens=True) == row["generated_text"]
+        generated = plain_generate(model, tokens.ids, 8, change)
+        assert model.tokenizer.decode(generated, skip_special_tokens=True) == row["generated_text"]
     assert effects["generated_text"].nunique() > 3
     notes = [n for n in result.notes if f"latent {inactive} is never active" in n]
     assert len(notes) == 1

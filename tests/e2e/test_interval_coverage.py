@@ -82,11 +82,11 @@ def separation_coverage(
     first, strata = design(n_first, n_second, n_strata)
     weights = stratum_weights(first, strata)
     means, sizes = np.zeros((2, N_SAMPLES)), np.zeros((2, n_strata), dtype=int)
-    for place, (stratum, weight) in enumerate(weights.items()):
-        shift = apart * (-1) ** place if n_strata > 1 else 0.0
+    for index, (stratum, weight) in enumerate(weights.items()):
+        shift = apart * (-1) ** index if n_strata > 1 else 0.0
         for group, mask in enumerate((first, ~first)):
             n = int(((strata == stratum) & mask).sum())
-            sizes[group, place] = n
+            sizes[group, index] = n
             means[group] += weight * rng.binomial(n, rates[group] + shift, N_SAMPLES) / n
     w = np.array(list(weights.values()))
     low, high = separation_interval(*np.clip(means, 0, 1), *sizes, w)

@@ -204,10 +204,10 @@ def test_chat_prompts_have_one_bos_and_the_answer_may_be_begun():
     example = Example(
         id="1", text="The city Marta", entity="Marta", entity_type="city", extra=facts
     )
-    made, _ = module.questions([example])
+    questions, _ = module.questions([example])
     question = "In which country is the city of Marta?"
     for form, begun in (("auto", ""), ("begun", "The city of Marta is in the country of")):
-        asked, ids, skips = module._prompts(made, model, LabelConfig(form=form), 200)
+        asked, ids, skips = module._prompts(questions, model, LabelConfig(form=form), 200)
         assert skips == []
         assert [(text, read.text) for _, text, read in asked] == [
             (question, model.chat_text(question) + begun)
@@ -222,10 +222,10 @@ def test_chat_prompts_are_the_template_s_ids_with_the_answer_begun(of, form):
     """Whatever BOS the tokenizer adds to a text, and without the EOS it appends."""
     model = with_tokenizer(chat_tokenizers()[of], chat=True)
     facts = {"attributes": {"country": "Norway"}}
-    made, _ = module.questions(
+    questions, _ = module.questions(
         [Example(id="1", text="Marta", entity="Marta", entity_type="city", extra=facts)]
     )
-    [(_, text, read)], [ids], _ = module._prompts(made, model, LabelConfig(form=form), 400)
+    [(_, text, read)], [ids], _ = module._prompts(questions, model, LabelConfig(form=form), 400)
     messages = [{"role": "user", "content": text}]
     templated = model.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
@@ -239,10 +239,10 @@ def test_chat_prompts_are_the_template_s_ids_with_the_answer_begun(of, form):
 def test_base_prompts_have_no_eos_behind_them(of):
     model = with_tokenizer(base_tokenizers()[of])
     facts = {"attributes": {"country": "Norway"}}
-    made, _ = module.questions(
+    questions, _ = module.questions(
         [Example(id="1", text="Marta", entity="Marta", entity_type="city", extra=facts)]
     )
-    [(_, text, _)], [ids], _ = module._prompts(made, model, LabelConfig(form="question"), 400)
+    [(_, text, _)], [ids], _ = module._prompts(questions, model, LabelConfig(form="question"), 400)
     own = list(model.tokenizer(text)["input_ids"])
     assert list(ids) == (own[:-1] if "eos" in of else own)
 
@@ -279,12 +279,12 @@ def test_an_answer_judged_up_to_its_line_end_is_not_cut():
     table = pd.DataFrame(
         {"greedy": ["one\n", "one two"], "samples": [["a\nb"], ["c"]], "greedy_label": "error"}
     )
-    given = [Answers((1, 2), ((1, 2),)), Answers((1, 2), ((1,),))]
+    cases = [Answers((1, 2), ((1, 2),)), Answers((1, 2), ((1,),))]
     options = LabelConfig(name="label", max_new_tokens=2)
-    whole = cut_answers(given, table, options, to_line=False)
+    whole = cut_answers(cases, table, options, to_line=False)
     assert whole.metrics["label/greedy_cut_fraction"] == 1
     assert whole.metrics["label/sample_cut_fraction"] == 0.5
-    lines = cut_answers(given, table, options, to_line=True)
+    lines = cut_answers(cases, table, options, to_line=True)
     assert lines.metrics["label/greedy_cut_fraction"] == 0.5
     assert lines.metrics["label/sample_cut_fraction"] == 0
 

@@ -11,7 +11,7 @@ import pytest
 import saexp
 from saexp.config.run import for_hydra
 from saexp.errors import DataError
-from tests.unit.reports.left import Said, command
+from tests.unit.reports.run_outputs import CommandResult, command
 
 BOOKS = [
     {
@@ -37,7 +37,7 @@ def books(tmp_path: Path) -> Path:
     return file
 
 
-def in_shell(folder: Path, line: str) -> Said:
+def in_shell(folder: Path, line: str) -> CommandResult:
     """The result of `python -m saexp <line>` with the words that bash makes of the line."""
     process = subprocess.run(
         ["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True

@@ -20,7 +20,7 @@ from saexp.reports.sweep import write_sweep
 from saexp.saes import SparseAutoencoder
 from saexp.sweeps import planning
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.left import page_of
+from tests.unit.reports.run_outputs import page_of
 
 CELLS = {"3_256": (3, 256), "2_256": (2, 256), "2_512": (2, 512), "2_512_again": (2, 512)}
 SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "dataset.n_examples=40"]
@@ -28,23 +28,25 @@ SMALL += ["analyzer.n_background=500", FEW_NEUTRAL]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four cells, two of them of the same SAE."""
     folder = tmp_path_factory.mktemp("sweep")
     for number, (layer, width) in enumerate(CELLS.values()):
-        place = folder / f"{number}_cell"
+        cell_folder = folder / f"{number}_cell"
         words = [f"layer={layer}", f"width={width}"]
-        saexp.run(saexp.compose([*SMALL, *words, f"cache_dir={folder}/cache"]), place)
-        (place / ".hydra").mkdir()
-        (place / ".hydra/overrides.yaml").write_text(json.dumps(words))
+        saexp.run(saexp.compose([*SMALL, *words, f"cache_dir={folder}/cache"]), cell_folder)
+        (cell_folder / ".hydra").mkdir()
+        (cell_folder / ".hydra/overrides.yaml").write_text(json.dumps(words))
     planning.match_cells(folder, ObjectCache())
     return folder
 
 
 @pytest.fixture
-def sweep(made: Path, tmp_path: Path) -> Path:
+def sweep(finished_sweep: Path, tmp_path: Path) -> Path:
     """A copy that may be damaged."""
-    return Path(shutil.copytree(made, tmp_path / "copy", ignore=shutil.ignore_patterns("cache")))
+    return Path(
+        shutil.copytree(finished_sweep, tmp_path / "copy", ignore=shutil.ignore_patterns("cache"))
+    )
 
 
 @cache
@@ -52,12 +54,14 @@ def load(layer: int, width: str) -> SparseAutoencoder:
     return saexp.build("sae", saexp.compose([f"layer={layer}", f"width={width}"]).sae)
 
 
-def test_every_leading_latent_has_its_nearest_in_every_other_sae(made: Path) -> None:
-    matches, notes = read_matches(made)
+def test_every_leading_latent_has_its_nearest_in_every_other_sae(finished_sweep: Path) -> None:
+    matches, notes = read_matches(finished_sweep)
     assert notes == []
     assert set(matches["from_cell"]) == set(matches["to_cell"]) == {0, 1, 2}
     for cell in range(3):
-        leading = pd.read_parquet(made / f"{cell}_cell/activations.parquet")["latent"].unique()
+        leading = pd.read_parquet(finished_sweep / f"{cell}_cell/activations.parquet")[
+            "latent"
+        ].unique()
         of_cell = matches[matches["from_cell"] == cell]
         assert len(of_cell) == 2 * len(leading) > 0
         assert set(of_cell["latent"]) == set(leading)
@@ -76,11 +80,11 @@ def fires(cell: Path, latent: int) -> pd.Series:
     return of_latent.set_index("example_id")["value"] > 1e-6
 
 
-def test_cofiring_is_the_best_of_the_others_leading_latents(made: Path) -> None:
-    matches, _ = read_matches(made)
+def test_cofiring_is_the_best_of_the_others_leading_latents(finished_sweep: Path) -> None:
+    matches, _ = read_matches(finished_sweep)
     assert matches["phi"].notna().any()
     for row in matches.dropna(subset=["phi"]).to_dict("records"):
-        first, second = (made / f"{row[f'{end}_cell']}_cell" for end in ("from", "to"))
+        first, second = (finished_sweep / f"{row[f'{end}_cell']}_cell" for end in ("from", "to"))
         own = fires(first, row["latent"])
         leading = pd.read_parquet(second / "activations.parquet")["latent"].unique()
         phi = {}
@@ -93,8 +97,8 @@ def test_cofiring_is_the_best_of_the_others_leading_latents(made: Path) -> None:
         assert row["n_rows"] == len(own)
 
 
-def test_neighbours_differ_in_one_step_of_one_axis(made: Path) -> None:
-    matches, _ = read_matches(made)
+def test_neighbours_differ_in_one_step_of_one_axis(finished_sweep: Path) -> None:
+    matches, _ = read_matches(finished_sweep)
     pairs = set(zip(adjacent(matches)["from_cell"], adjacent(matches)["to_cell"], strict=True))
     assert pairs == {(0, 1), (1, 0), (1, 2), (2, 1)}
 

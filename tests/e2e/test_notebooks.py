@@ -47,11 +47,11 @@ def test_the_code_of_a_notebook_runs(
     notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found: dict[str, object] = {}
+    namespace: dict[str, object] = {}
     for cell in json.loads(notebook.read_text("utf-8"))["cells"]:
         if cell["cell_type"] == "code":
             source = "".join(cell["source"])
-            exec(compile(ast.parse(source), notebook.name, "exec"), found)
+            exec(compile(ast.parse(source), notebook.name, "exec"), namespace)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)

@@ -21,7 +21,7 @@ from saexp.pipeline.run_folder import LOCK, holding, reserved_cell
 from saexp.sweeps.planning import running
 from tests import interpreters
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.left import command
+from tests.unit.reports.run_outputs import command
 
 SMALL = [
     "tracker=none",
@@ -44,11 +44,11 @@ with holding(Path(sys.argv[1])):
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the folder `busy`."""
     words = [sys.executable, "-c", HOLD, str(tmp_path / "busy")]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as made:
-        assert made.stdout is not None
-        assert made.stdout.readline() == "held\n"
-        yield made
-        stop(made)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        stop(process)
 
 
 def stop(process: subprocess.Popen[str]) -> None:
@@ -62,10 +62,10 @@ def test_a_second_run_in_a_folder_is_one_line_and_touches_nothing(
 ) -> None:
     (tmp_path / "busy" / "metrics.json").write_text("of the first")
     before = sorted(os.listdir(tmp_path / "busy"))
-    said = command(tmp_path, *words, *SMALL, "layer=1")
+    result = command(tmp_path, *words, *SMALL, "layer=1")
     assert holder.poll() is None
-    assert said.code == 1
-    assert said.err.splitlines() == [
+    assert result.code == 1
+    assert result.err.splitlines() == [
         "saexp: another run is writing to busy; wait for it, or type another hydra.run.dir= "
         "(hydra.sweep.dir= of a sweep)"
     ]
@@ -77,8 +77,8 @@ def test_a_killed_run_leaves_its_folder_free(tmp_path: Path, holder: subprocess.
     stop(holder)
     assert (tmp_path / "busy" / LOCK).is_file()
     for _ in range(2):
-        said = command(tmp_path, "hydra.run.dir=busy", "task=collect", *SMALL, "layer=1")
-        assert said.code == 0, said.err[-500:]
+        result = command(tmp_path, "hydra.run.dir=busy", "task=collect", *SMALL, "layer=1")
+        assert result.code == 0, result.err[-500:]
     assert not (tmp_path / "busy" / LOCK).exists()
 
 
@@ -98,10 +98,10 @@ def test_of_two_commands_at_once_one_runs_and_the_other_is_refused(tmp_path: Pat
     codes = [p.returncode for p in both]
     # Where the machine ran them one after the other, both may succeed.
     assert sorted(codes) in ([0, 1], [0, 0])
-    for code, said in zip(codes, errors, strict=True):
+    for code, error in zip(codes, errors, strict=True):
         if code:
-            assert said.startswith("saexp: another run is writing to one; ")
-            assert "Traceback" not in said
+            assert error.startswith("saexp: another run is writing to one; ")
+            assert "Traceback" not in error
     assert (tmp_path / "one" / "metrics.json").is_file()
     assert (tmp_path / "one" / ".hydra" / "config.yaml").is_file()
 
@@ -114,10 +114,10 @@ def test_a_run_inside_of_a_running_sweep_is_one_line_and_touches_nothing(
     tmp_path: Path,
     holder: subprocess.Popen[str],  # noqa: ARG001
 ) -> None:
-    said = command(tmp_path, "hydra.run.dir=busy/cell", *SMALL, "layer=1")
-    assert said.code == 1
-    assert said.err.startswith(f"saexp: another run is writing to {tmp_path}/busy; wait for it")
-    assert len(said.err.splitlines()) == 1
+    result = command(tmp_path, "hydra.run.dir=busy/cell", *SMALL, "layer=1")
+    assert result.code == 1
+    assert result.err.startswith(f"saexp: another run is writing to {tmp_path}/busy; wait for it")
+    assert len(result.err.splitlines()) == 1
     assert not (tmp_path / "busy/cell").exists()
 
 
@@ -128,10 +128,10 @@ def test_a_sweep_in_whose_folder_another_run_has_a_cell_is_one_line_and_touches_
     (tmp_path / "busy/.hydra").mkdir()
     (tmp_path / "busy/.hydra/config.yaml").write_text("of the first")
     before = files_of(tmp_path)
-    said = command(tmp_path, "-m", "hydra.sweep.dir=.", "hydra.sweep.subdir=busy", *SMALL)
-    assert said.code == 1
-    assert said.err.startswith("saexp: another run is writing to busy; wait for it")
-    assert len(said.err.splitlines()) == 1
+    result = command(tmp_path, "-m", "hydra.sweep.dir=.", "hydra.sweep.subdir=busy", *SMALL)
+    assert result.code == 1
+    assert result.err.startswith("saexp: another run is writing to busy; wait for it")
+    assert len(result.err.splitlines()) == 1
     assert files_of(tmp_path) == before
 
 
@@ -193,7 +193,7 @@ def test_a_sweep_that_cannot_begin_is_none_of_the_next_command(
 ) -> None:
     (tmp_path / "sweep/plan.json/in_the_way").mkdir(parents=True)
     (tmp_path / "sweep/0_of_an_earlier_sweep/.hydra").mkdir(parents=True)
-    said = command(tmp_path, "-m", "layer=1,2", "tracker=none", "hydra.sweep.dir=sweep")
-    assert said.code == 1
-    assert "plan.json: Is a directory" in said.err
+    result = command(tmp_path, "-m", "layer=1,2", "tracker=none", "hydra.sweep.dir=sweep")
+    assert result.code == 1
+    assert "plan.json: Is a directory" in result.err
     assert running() is None

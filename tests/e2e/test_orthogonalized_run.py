@@ -85,7 +85,7 @@ def test_a_run_reports_what_edited_weights_cost(ran: Ran, condition: str) -> Non
 
 def attention_by_hand(hf: Any, model: LanguageModel, examples: list[Example]) -> np.ndarray:
     """transformers' own weights in eager attention, `[n, n_layers, n_heads]`."""
-    found = []
+    attention = []
     hf.set_attn_implementation("eager")
     for example, text in zip(
         examples, tokenize([e.text for e in examples], model.tokenizer, 128), strict=True
@@ -93,8 +93,8 @@ def attention_by_hand(hf: Any, model: LanguageModel, examples: list[Example]) ->
         with torch.no_grad():
             out = hf(torch.tensor([text.ids]), output_attentions=True)
         keys = entity_tokens(example, text)
-        found.append([a[0, :, -1, keys].sum(-1).tolist() for a in out.attentions])
-    return np.array(found)
+        attention.append([a[0, :, -1, keys].sum(-1).tolist() for a in out.attentions])
+    return np.array(attention)
 
 
 def test_attention_under_edited_weights_is_transformers_own(ran: Ran) -> None:
@@ -108,13 +108,13 @@ def test_attention_under_edited_weights_is_transformers_own(ran: Ran) -> None:
     assert table["n"].unique().tolist() == [len(examples)]
     for name, values in (("original", original), ("edited", edited)):
         np.testing.assert_allclose(table[name], values.mean(0).ravel(), atol=1e-5)
-    found = paired_head_test(
+    head_test = paired_head_test(
         original.reshape(len(ids), -1), edited.reshape(len(ids), -1), [e.unit for e in examples]
     )
-    np.testing.assert_allclose(table["difference"], found.difference, atol=1e-5)
+    np.testing.assert_allclose(table["difference"], head_test.difference, atol=1e-5)
     # Eight entities have 256 sign flips, and heads that do not change differ by rounding alone.
-    np.testing.assert_allclose(table["p_corrected"], found.p_corrected, atol=0.1)
-    assert np.abs(found.difference).max() > 1e-3
+    np.testing.assert_allclose(table["p_corrected"], head_test.p_corrected, atol=0.1)
+    assert np.abs(head_test.difference).max() > 1e-3
     summary = ran.result.tables["attention_summary"]
     assert set(CONDITIONS) <= set(summary["condition"])
     control = summary[summary["condition"] == CONDITIONS[1]].iloc[0]

@@ -13,7 +13,7 @@ import pytest
 from saexp.reports import write_page
 from tests.browser import dom, needs_chromium
 from tests.unit.reports.cards import card, written
-from tests.unit.reports.left import body_of
+from tests.unit.reports.run_outputs import body_of
 from tests.unit.reports.written import NASTY
 
 pytestmark = [needs_chromium, pytest.mark.slow]
@@ -87,9 +87,9 @@ def drawn(page: Path) -> str:
 
 @pytest.fixture(scope="module")
 def values(drawn: str) -> dict[str, Any]:
-    said = re.search(r'data-said="(.*?)"[ >]', drawn)
-    assert said is not None
-    return json.loads(html.unescape(said[1]))
+    match = re.search(r'data-said="(.*?)"[ >]', drawn)
+    assert match is not None
+    return json.loads(html.unescape(match[1]))
 
 
 def test_the_data_of_a_figure_are_what_it_was_made_of(values: dict[str, Any]) -> None:
@@ -174,11 +174,11 @@ def test_keys_search_and_order_find_a_latent(tmp_path: Path) -> None:
     odd = card(41, promoted=[["Special", 1.0]])
     page = written(tmp_path, [card(30), odd, card(4), card(12)])
     page.write_text(page.read_text("utf-8") + KEYS)
-    said = re.search(r'data-reported="([^"]*)"', dom(page, tmp_path))
-    assert said is not None
+    match = re.search(r'data-reported="([^"]*)"', dom(page, tmp_path))
+    assert match is not None
     steps = ["30 of 4", "41 of 4", "4 of 4", "41 of 4", "search", "41 of 1", "41 of 1"]
     # A number finds latents that begin with it, and texts that hold it: "tok4" is in every one.
-    assert said[1].split("; ") == [*steps, "41 of 4", "4 12 30 41", "4"]
+    assert match[1].split("; ") == [*steps, "41 of 4", "4 12 30 41", "4"]
 
 
 KEYS = """<script>

@@ -11,7 +11,7 @@ import saexp
 from saexp import registry
 from saexp.registry import PluginError
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.left import command
+from tests.unit.reports.run_outputs import command
 
 SMALL = ["tracker=none", "intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
 SMALL += ["analyzer.n_background=200", FEW_NEUTRAL, "cache_dir=cache"]
@@ -102,16 +102,16 @@ RUNNING = [
 ]
 
 
-@pytest.mark.parametrize(("word", "said", "at"), RUNNING, ids=[r[0] for r in RUNNING])
+@pytest.mark.parametrize(("word", "message", "at"), RUNNING, ids=[r[0] for r in RUNNING])
 def test_an_error_in_a_component_names_its_line(
-    tmp_path: Path, word: str, said: str, at: str
+    tmp_path: Path, word: str, message: str, at: str
 ) -> None:
     (tmp_path / "plug.py").write_text(MODULE.replace("\\\\n", "\\n"))
     ran = command(tmp_path, *SMALL, "plugins=[plug]", word)
     assert ran.code == 1
     (line,) = [x for x in ran.err.splitlines() if not x.startswith("[")]
     text = at.replace("\n", "\\n")
-    assert line.startswith(f"saexp: plugin {said.format(line_of(text))}")
+    assert line.startswith(f"saexp: plugin {message.format(line_of(text))}")
     assert line.endswith(HINT)
 
 
@@ -122,12 +122,12 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("word", "said"), WRONG)
-def test_a_component_of_another_form_is_one_line(tmp_path: Path, word: str, said: str) -> None:
+@pytest.mark.parametrize(("word", "message"), WRONG)
+def test_a_component_of_another_form_is_one_line(tmp_path: Path, word: str, message: str) -> None:
     (tmp_path / "plug.py").write_text(MODULE)
     ran = command(tmp_path, *SMALL, "plugins=[plug]", word)
     (line,) = [x for x in ran.err.splitlines() if not x.startswith("[")]
-    assert said in line
+    assert message in line
 
 
 IMPORTING = [
@@ -138,23 +138,23 @@ IMPORTING = [
 ]
 
 
-@pytest.mark.parametrize(("source", "said"), IMPORTING)
+@pytest.mark.parametrize(("source", "message"), IMPORTING)
 def test_an_error_while_a_plugin_is_imported_names_its_line(
-    tmp_path: Path, source: str, said: str
+    tmp_path: Path, source: str, message: str
 ) -> None:
     (tmp_path / "plug_bad.py").write_text(source + "\n")
     (tmp_path / "plug_helper.py").write_text("x = 1\ny = z\n")
     ran = command(tmp_path, *SMALL, "plugins=[plug_bad]")
     assert ran.code == 1
-    assert ran.err.splitlines() == [f"saexp: plugin {said}{HINT}"]
+    assert ran.err.splitlines() == [f"saexp: plugin {message}{HINT}"]
 
 
 @pytest.mark.parametrize("name", ["plug.py", "folder/plug.py"])
 def test_a_file_name_is_distinguished_from_a_module_name(tmp_path: Path, name: str) -> None:
     (tmp_path / "plug.py").write_text(MODULE)
-    said = command(tmp_path, *SMALL, f"plugins=[{name}]").err
-    assert said.startswith(f"saexp: plugins: '{name}' is a file name, not a module name; ")
-    assert "'plugins=[plug]'" in said
+    error = command(tmp_path, *SMALL, f"plugins=[{name}]").err
+    assert error.startswith(f"saexp: plugins: '{name}' is a file name, not a module name; ")
+    assert "'plugins=[plug]'" in error
 
 
 def test_the_traceback_is_shown_to_who_asks_for_it(
@@ -166,19 +166,19 @@ def test_the_traceback_is_shown_to_who_asks_for_it(
     # What the command sets for Hydra does not outlive it.
     assert "HYDRA_FULL_ERROR" not in os.environ
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    said = command(tmp_path, *words).err
-    assert "Traceback" in said
-    assert "LinAlgError" in said.splitlines()[-1]
+    error = command(tmp_path, *words).err
+    assert "Traceback" in error
+    assert "LinAlgError" in error.splitlines()[-1]
 
 
 def test_a_cell_whose_plugin_fails_says_so_and_the_others_go_on(tmp_path: Path) -> None:
     (tmp_path / "plug.py").write_text(MODULE)
     words = ["plugins=[plug]", "analyzer.name=boom,contrast", "hydra.sweep.dir=sweep"]
-    said = command(tmp_path, "-m", *SMALL, *words)
-    assert said.code == 1
-    assert "Traceback" not in said.err
-    assert "sweep: 2 cells: 1 failed, 1 finished" in said.out.splitlines()
-    (error_file,) = said.sweep.glob("*/error.txt")
+    result = command(tmp_path, "-m", *SMALL, *words)
+    assert result.code == 1
+    assert "Traceback" not in result.err
+    assert "sweep: 2 cells: 1 failed, 1 finished" in result.out.splitlines()
+    (error_file,) = result.sweep.glob("*/error.txt")
     assert error_file.read_text("utf-8").startswith(
         "LinAlgError"
     ) or "plug.py:" in error_file.read_text("utf-8")
@@ -196,5 +196,5 @@ def test_python_users_see_their_own_error(tmp_path: Path) -> None:
 
 def test_positions_of_a_plugin_need_no_config_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "plug.py").write_text(MODULE)
-    said = command(tmp_path, *SMALL, "plugins=[plug]", "positions.name=end")
-    assert said.code == 0, said.err
+    result = command(tmp_path, *SMALL, "plugins=[plug]", "positions.name=end")
+    assert result.code == 0, result.err

@@ -16,7 +16,7 @@ FIXED = ["tracker=none", "layer=1", "device=cpu"]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def inputs_folder(tmp_path_factory):
     """A folder with a random bfloat16 Llama, an SAE and texts."""
     folder = tmp_path_factory.mktemp("precision")
     hf = random_hf("llama").bfloat16()
@@ -28,21 +28,21 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(made):
+def run(inputs_folder):
     def start(name, *words):
         cfg = saexp.compose(
             [
                 "model=hf",
-                f"model.name={made / 'model'}",
+                f"model.name={inputs_folder / 'model'}",
                 "dataset=text",
-                f"dataset.path={made / 'texts.txt'}",
-                f"cache_dir={made / 'cache'}",
+                f"dataset.path={inputs_folder / 'texts.txt'}",
+                f"cache_dir={inputs_folder / 'cache'}",
                 *FIXED,
                 *words,
             ]
         )
-        result = saexp.run(cfg, made / name)
-        return result, json.loads((made / name / "provenance.json").read_text("utf-8"))
+        result = saexp.run(cfg, inputs_folder / name)
+        return result, json.loads((inputs_folder / name / "provenance.json").read_text("utf-8"))
 
     return start
 
@@ -67,12 +67,17 @@ def test_a_dtype_that_was_typed(run, dtype):
     assert str(acts.dtype) == f"torch.{dtype}"
 
 
-def test_an_evaluation_in_both_dtypes(run, made):
-    words = ["task=evaluate", "sae=local", f"sae.path={made / 'sae'}", "task.n_bootstrap=0"]
+def test_an_evaluation_in_both_dtypes(run, inputs_folder):
+    words = [
+        "task=evaluate",
+        "sae=local",
+        f"sae.path={inputs_folder / 'sae'}",
+        "task.n_bootstrap=0",
+    ]
     (low, about), (exact, _) = (
         run(f"evaluated_{dtype}", *words, f"dtype={dtype}") for dtype in ("bfloat16", "float32")
     )
-    page = (made / "evaluated_bfloat16" / "report.html").read_text("utf-8")
+    page = (inputs_folder / "evaluated_bfloat16" / "report.html").read_text("utf-8")
     assert "bfloat16 (dtype=bfloat16)" in page
     assert about["model"]["dtype"] == "bfloat16"
     for name, tolerance in {

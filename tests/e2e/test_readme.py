@@ -10,7 +10,7 @@ import pytest
 import saexp
 from tests import readme_commands as known
 from tests.readme_commands import DOCS, ELSEWHERE, NOT_HERE, PAGES, ROOT, RUN, SAEXP, SMALL
-from tests.unit.reports.left import command
+from tests.unit.reports.run_outputs import command
 
 TABLES = {"RUN": RUN, "ELSEWHERE": ELSEWHERE, "NOT_HERE": NOT_HERE}
 HELP = "conf/config.yaml"
@@ -77,8 +77,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_command_runs(typed: str, cache: Path, tmp_path: Path) -> None:
     """As typed, then overrides that make it small; it leaves a page, and no failed cell."""
     words = [*shlex.split(typed)[3:], *shlex.split(RUN[typed]), f"cache_dir={cache}"]
-    said = command(tmp_path, *words, "hydra.run.dir=run")
-    assert said.code == 0, said.err[-2000:]
+    result = command(tmp_path, *words, "hydra.run.dir=run")
+    assert result.code == 0, result.err[-2000:]
     assert not list(tmp_path.rglob("error.txt"))
     if not {"task=cache", "task=collect"} & set(words):
         pages = [tmp_path / "run" / name for name in ("report.html", "dashboard.html")]

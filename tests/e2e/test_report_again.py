@@ -7,7 +7,13 @@ import pandas as pd
 import pytest
 
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.left import Said, assert_links_lead_to_reports, command, page_of, table_of
+from tests.unit.reports.run_outputs import (
+    CommandResult,
+    assert_links_lead_to_reports,
+    command,
+    page_of,
+    table_of,
+)
 
 SMALL = ["tracker=none", "cache_dir=cache", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
 SMALL += ["analyzer.n_background=200", "analyzer.scores=false", "intervention=none", FEW_NEUTRAL]
@@ -19,15 +25,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def swept(folder: Path) -> Said:
+def swept(folder: Path) -> CommandResult:
     return command(folder, "-m", "layer=1,9,2", "width=256", *SMALL, "hydra.sweep.dir=sweep")
 
 
-def report(folder: Path, path: str, *words: str) -> Said:
+def report(folder: Path, path: str, *words: str) -> CommandResult:
     return command(folder, "task=report", f"path={path}", *words, "hydra.run.dir=own")
 
 
-def test_a_sweeps_pages_are_equal_byte_for_byte(folder: Path, swept: Said) -> None:
+def test_a_sweeps_pages_are_equal_byte_for_byte(folder: Path, swept: CommandResult) -> None:
     assert table_of(swept.sweep)["status"].tolist() == ["finished", "failed", "finished"]
     pages = [*sorted(swept.sweep.glob("*/report.html")), swept.sweep / "sweep.html"]
     files = [*pages, swept.sweep / "sweep.parquet"]
@@ -36,15 +42,17 @@ def test_a_sweeps_pages_are_equal_byte_for_byte(folder: Path, swept: Said) -> No
     for file in files[1:]:
         file.unlink()
     files[0].write_text("changed")
-    said = report(folder, "sweep")
-    assert said.code == 0, said.err[-2000:]
+    result = report(folder, "sweep")
+    assert result.code == 0, result.err[-2000:]
     assert {file: file.read_bytes() for file in files} == before
-    assert "pages of 2 cells written again" in said.out
-    assert said.out.splitlines()[-1] == "report: sweep/sweep.html"
+    assert "pages of 2 cells written again" in result.out
+    assert result.out.splitlines()[-1] == "report: sweep/sweep.html"
     assert_links_lead_to_reports(swept.sweep, 2)
 
 
-def test_a_partial_sweep_is_reported_with_its_missing_cells(folder: Path, swept: Said) -> None:
+def test_a_partial_sweep_is_reported_with_its_missing_cells(
+    folder: Path, swept: CommandResult
+) -> None:
     """As `kill -9` leaves it: without table and page, a cell killed midway and one not begun."""
     plan = swept.sweep / "plan.json"
     content = json.loads(plan.read_text("utf-8"))
@@ -53,11 +61,11 @@ def test_a_partial_sweep_is_reported_with_its_missing_cells(folder: Path, swept:
     (swept.sweep / "3_layer=3/.hydra").mkdir(parents=True)
     for name in ("sweep.parquet", "sweep.html", "latent_matches.parquet"):
         (swept.sweep / name).unlink()
-    said = report(folder, "sweep", "cells=false")
-    assert said.code == 0, said.err[-2000:]
+    result = report(folder, "sweep", "cells=false")
+    assert result.code == 0, result.err[-2000:]
     states = ["finished", "failed", "finished", "stopped", "not run"]
     assert table_of(swept.sweep)["status"].tolist() == states
-    assert "latents of different SAEs are not matched" in said.out
+    assert "latents of different SAEs are not matched" in result.out
     assert "cell not run" in page_of(swept.sweep)
 
 
@@ -73,10 +81,10 @@ def test_a_page_that_changes_leaves_the_run_reusable(folder: Path) -> None:
         assert report(folder / "elsewhere", str(run.resolve())).code == 0
     assert "another title" in (run / "report.html").read_text("utf-8") != text
     words = ["layer=1", "width=256", *SMALL, "resume=true", "hydra.run.dir=copy"]
-    said = command(folder, *words)
-    assert said.code == 0, said.err[-2000:]
+    result = command(folder, *words)
+    assert result.code == 0, result.err[-2000:]
     assert json.loads((folder / "copy/metrics.json").read_text())["collection/seconds"] == 0
-    assert "not reused" not in said.err
+    assert "not reused" not in result.err
     assert pd.read_parquet(run / "latents.parquet").equals(
         pd.read_parquet(folder / "copy/latents.parquet")
     )
@@ -93,15 +101,15 @@ def test_a_damaged_table_or_another_folder_is_one_line(folder: Path) -> None:
         ("nowhere", "path=nowhere does not exist"),
         ("foreign", "path=foreign holds neither a run nor a sweep"),
     ):
-        said = report(folder, path)
-        assert said.code == 1
-        assert part in said.err.splitlines()[-1]
-    said = report(folder, "sweep")
-    assert said.code == 0
-    assert "no page of 2_layer=2" in said.out
+        result = report(folder, path)
+        assert result.code == 1
+        assert part in result.err.splitlines()[-1]
+    result = report(folder, "sweep")
+    assert result.code == 0
+    assert "no page of 2_layer=2" in result.out
     assert table_of(folder / "sweep")["status"].tolist()[2] == "damaged"
-    said = command(folder, "task=report")
-    assert "saexp: task=report needs the folder of a run or sweep" in said.err
+    result = command(folder, "task=report")
+    assert "saexp: task=report needs the folder of a run or sweep" in result.err
 
 
 @pytest.mark.parametrize("task", ["evaluate", "train", "dashboard", "label", "analyze"])
@@ -117,8 +125,8 @@ def test_the_page_of_every_task_is_equal(folder: Path, task: str) -> None:
     small += ["analyzer.n_bootstrap=0", "analyzer.n_background=200", FEW_NEUTRAL]
     if task == "analyze":
         words += ["intervention.max_new_tokens=3", "intervention.n_choice_prompts=2"]
-    said = command(folder, f"task={task}", *small, *words, f"hydra.run.dir={task}")
-    assert said.code == 0, said.err[-2000:]
+    result = command(folder, f"task={task}", *small, *words, f"hydra.run.dir={task}")
+    assert result.code == 0, result.err[-2000:]
     page = folder / task / ("dashboard.html" if task == "dashboard" else "report.html")
     before = page.read_bytes()
     page.unlink()
@@ -126,17 +134,19 @@ def test_the_page_of_every_task_is_equal(folder: Path, task: str) -> None:
     assert page.read_bytes() == before
 
 
-def test_a_report_is_not_written_into_the_run_that_it_reads(folder: Path, swept: Said) -> None:
+def test_a_report_is_not_written_into_the_run_that_it_reads(
+    folder: Path, swept: CommandResult
+) -> None:
     before = {p: p.read_bytes() for p in swept.sweep.rglob("*") if p.is_file()}
-    for place in ("sweep", "sweep/own"):
-        said = command(folder, "task=report", "path=sweep", f"hydra.run.dir={place}")
-        assert said.code == 1
-        assert "whose files it would replace" in said.err
+    for run_folder in ("sweep", "sweep/own"):
+        result = command(folder, "task=report", "path=sweep", f"hydra.run.dir={run_folder}")
+        assert result.code == 1
+        assert "whose files it would replace" in result.err
     assert {p: p.read_bytes() for p in swept.sweep.rglob("*") if p.is_file()} == before
 
 
 def test_a_workspace_is_of_one_sweep_and_says_what_w_and_b_lacks(
-    folder: Path, swept: Said, tmp_path: Path
+    folder: Path, swept: CommandResult, tmp_path: Path
 ) -> None:
     words = ["task=workspace", "dry_run=true", f"hydra.run.dir={tmp_path}"]
     said = command(folder, *words, "path=.")

@@ -11,7 +11,7 @@ import saexp
 from saexp.digests import checksums
 from saexp.results import Result
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.left import wandb_runs
+from tests.unit.reports.run_outputs import wandb_runs
 
 WORDS = ["resume=true", "dataset.n_examples=20", "intervention=none", "analyzer.n_bootstrap=0"]
 WORDS += ["analyzer.n_background=200", FEW_NEUTRAL]
@@ -84,9 +84,9 @@ def test_a_copy_gets_a_wandb_run_in_the_sweeps_group(first: Result, tmp_path: Pa
     sweep = tmp_path / "2026"
     words = ["tracker=wandb", "tracker.mode=offline"]
     run(cache_of(first), sweep / "0_", *words, sweep=sweep)
-    (found,) = wandb_runs(sweep)
-    assert (found["group"], found["exit_code"]) == ("2026", 0)
-    assert {"collection/tokens_forwarded", "contrast/n_significant"} <= found["keys"]
+    (logged_run,) = wandb_runs(sweep)
+    assert (logged_run["group"], logged_run["exit_code"]) == ("2026", 0)
+    assert {"collection/tokens_forwarded", "contrast/n_significant"} <= logged_run["keys"]
 
 
 def test_a_run_repeated_in_its_own_folder_stays_as_it_is(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from saexp.context import ObjectCache
 from saexp.pipeline import finished
 from tests.random_models import random_hf, saved_lm
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.left import command
+from tests.unit.reports.run_outputs import command
 
 ASSETS = Path(saexp.__file__).parent / "assets"
 SMALL = ["tracker=none", "intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
@@ -35,15 +35,15 @@ def change(file: Path) -> None:
 def saes(tmp_path: Path) -> Path:
     """Folders mysae1, mysae2 and mysae3."""
     for layer in (1, 2, 3):
-        place = ASSETS / "tiny" / "sae" / f"layer_{layer}" / "width_256"
-        shutil.copytree(place, tmp_path / f"mysae{layer}")
+        sae_folder = ASSETS / "tiny" / "sae" / f"layer_{layer}" / "width_256"
+        shutil.copytree(sae_folder, tmp_path / f"mysae{layer}")
     return tmp_path
 
 
 def reused(folder: Path, sweep: str, *words: str) -> list[bool]:
     """Of a sweep's cells, in their order."""
-    said = command(folder, "-m", *words, *SMALL, f"hydra.sweep.dir={sweep}")
-    assert said.code == 0, said.err[-2000:]
+    result = command(folder, "-m", *words, *SMALL, f"hydra.sweep.dir={sweep}")
+    assert result.code == 0, result.err[-2000:]
     cells = sorted((folder / sweep).glob("[0-9]*_*/provenance.json"))
     return ["reused_from" in json.loads(cell.read_text("utf-8")) for cell in cells]
 
@@ -149,10 +149,10 @@ def test_saes_of_all_layers_changed_matter(saes: Path) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    place = tmp_path / "home" / "hub"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(place))
+    hub_cache = tmp_path / "home" / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub_cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    return place
+    return hub_cache
 
 
 def commit(hub: Path, folder: Path, name: str) -> None:
@@ -160,8 +160,8 @@ def commit(hub: Path, folder: Path, name: str) -> None:
     from saexp.digests import read_sha256
 
     repository = hub / "models--org--name"
-    for place in ("blobs", "refs", f"snapshots/{name * 40}"):
-        (repository / place).mkdir(parents=True, exist_ok=True)
+    for subfolder in ("blobs", "refs", f"snapshots/{name * 40}"):
+        (repository / subfolder).mkdir(parents=True, exist_ok=True)
     for file in folder.iterdir():
         digest = read_sha256(file)
         shutil.copy(file, repository / "blobs" / digest)

@@ -21,7 +21,7 @@ from saexp.tasks.collect import damaged, stores
 from saexp.tracking import NullTracker
 from tests import interpreters
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.left import command
+from tests.unit.reports.run_outputs import command
 
 SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
 SMALL += [
@@ -63,8 +63,8 @@ def test_files_of_an_earlier_run_in_the_folder_are_removed(
 ) -> None:
     shutil.copytree(steered, tmp_path / "same")
     assert "effects.parquet" in names(tmp_path / "same")
-    for kept in ("notes.md", "mine.parquet"):
-        (tmp_path / "same" / kept).write_text("a user's own")
+    for file_name in ("notes.md", "mine.parquet"):
+        (tmp_path / "same" / file_name).write_text("a user's own")
     words = [word] if word == "intervention=none" else [word, "intervention=none"]
     run(cache, tmp_path / "same", *words)
     run(cache, tmp_path / "new", *words)
@@ -143,8 +143,8 @@ def test_a_plugin_that_was_edited_is_run_again(
     for value in (1, 1, 99):
         (tmp_path / "my_constant.py").write_text(PLUGIN.replace("VALUE", str(value)))
         shutil.rmtree(tmp_path / "sweep", ignore_errors=True)
-        said = command(tmp_path, *words, "hydra.sweep.dir=sweep")
-        assert said.code == 0, said.err
+        result = command(tmp_path, *words, "hydra.sweep.dir=sweep")
+        assert result.code == 0, result.err
         # As a new process begins.
         PROCESS.objects.clear()
         registry.PLUGINS.components.pop(("analyzer", "constant"))

@@ -8,7 +8,7 @@ import pytest
 
 from tests import interpreters
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.left import command, table_of
+from tests.unit.reports.run_outputs import command, table_of
 
 optuna = pytest.importorskip("optuna")
 
@@ -125,10 +125,10 @@ def test_a_killed_search_continues_with_the_cell_that_was_running(tmp_path: Path
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path: Path, words: list[str], message: str) -> None:
-    said = command(tmp_path, *SEARCH, *words)
-    assert said.code == 1
-    assert message in said.err.strip().splitlines()[-1]
-    assert said.err.count(message) == 1
+    result = command(tmp_path, *SEARCH, *words)
+    assert result.code == 1
+    assert message in result.err.strip().splitlines()[-1]
+    assert result.err.count(message) == 1
 
 
 def test_a_damaged_study_is_one_line(tmp_path: Path) -> None:
@@ -153,17 +153,17 @@ def test_a_search_typed_again_runs_the_cells_that_failed(tmp_path: Path) -> None
 
 
 def test_a_plan_of_a_search_says_how_many_of_the_cells_it_runs(tmp_path: Path) -> None:
-    said = command(tmp_path, *SEARCH, "hydra.sweeper.n_trials=3", *AUROC, "sweep.dry_run=true")
-    assert said.code == 0, said.err
-    assert "dry run: 6 cells, 6 to run" in said.out
-    assert "a search runs at most 3 of these cells" in said.out
-    assert "  3 cells of analyze/contrast/none: " in said.out
+    result = command(tmp_path, *SEARCH, "hydra.sweeper.n_trials=3", *AUROC, "sweep.dry_run=true")
+    assert result.code == 0, result.err
+    assert "dry run: 6 cells, 6 to run" in result.out
+    assert "a search runs at most 3 of these cells" in result.out
+    assert "  3 cells of analyze/contrast/none: " in result.out
     assert not (tmp_path / "sweep").exists()
 
 
 def test_an_interval_of_whole_numbers_ends_when_all_were_visited(tmp_path: Path) -> None:
     words = [AUROC[0], "intervention=none", *CELL]
     words += ["layer=int(interval(1,2))", "hydra.sweeper.n_trials=9", "hydra.sweep.dir=sweep"]
-    said = command(tmp_path, *SEARCH, *words)
-    assert said.code == 0, said.err[-2000:]
+    result = command(tmp_path, *SEARCH, *words)
+    assert result.code == 0, result.err[-2000:]
     assert sorted(table_of(tmp_path / "sweep")["layer"]) == [1, 2]

@@ -14,7 +14,7 @@ import saexp
 from saexp.config.environment import as_typed, masked, resolved
 from saexp.pipeline.finished import fingerprint
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.left import Said, command, page_of
+from tests.unit.reports.run_outputs import CommandResult, command, page_of
 
 SECRET = "swordfish-hunter2-9f3"
 FOLDER = "folder-of-nobody-else"
@@ -62,24 +62,24 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "work"
 
 
-def assert_no_secret_in(folder: Path, said: Said | None = None) -> None:
+def assert_no_secret_in(folder: Path, result: CommandResult | None = None) -> None:
     secrets = [text.encode() for text in (SECRET, SHORT, FOLDER)]
     files = [p for p in folder.rglob("*") if p.is_file()]
     assert files
     for path in files:
         content = path.read_bytes()
         assert not [s for s in secrets if s in content or s in str(path).encode()], path
-    if said is not None:
-        assert not [s for s in secrets if s in (said.out + said.err).encode()], said
+    if result is not None:
+        assert not [s for s in secrets if s in (result.out + result.err).encode()], result
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "jsonl"])
 def test_no_file_of_a_run_or_of_its_cache_holds_a_value_from_the_environment(
     folder: Path, tracker: str
 ) -> None:
-    said = command(folder, *SMALL, *DATA, *TOKENS, f"tracker={tracker}", "hydra.run.dir=run")
-    assert said.code == 0, said.err[-2000:]
-    assert_no_secret_in(folder, said)
+    result = command(folder, *SMALL, *DATA, *TOKENS, f"tracker={tracker}", "hydra.run.dir=run")
+    assert result.code == 0, result.err[-2000:]
+    assert_no_secret_in(folder, result)
     about = json.loads((folder / "run/provenance.json").read_text("utf-8"))
     assert about["config"]["intervention"]["where_options"] == TYPED
     assert about["config"]["dataset"]["path"] == "${oc.env:SAEXP_TEST_FOLDER}/rows.jsonl"
@@ -92,14 +92,14 @@ def test_no_file_of_a_run_or_of_its_cache_holds_a_value_from_the_environment(
 def test_a_failed_cell_of_a_sweep_quotes_its_setting_as_typed(folder: Path) -> None:
     words = [*SMALL, *DATA, "dataset.path=${oc.env:SAEXP_TEST_FOLDER}/${oc.env:SAEXP_TEST_SHORT}"]
     words += ["tracker=wandb", "hydra.sweep.dir=sweep", *TOKENS]
-    said = command(folder, "-m", *words)
-    assert said.code == 1
+    result = command(folder, "-m", *words)
+    assert result.code == 1
     why = "dataset.path=${oc.env:SAEXP_TEST_FOLDER}/${oc.env:SAEXP_TEST_SHORT}: no such file"
-    assert said.err.splitlines()[-1] == f"saexp: {why}"
+    assert result.err.splitlines()[-1] == f"saexp: {why}"
     assert why in page_of(folder / "sweep")
     # The cell's run and that of the sweep, in one folder.
     assert len(list(folder.glob("sweep/wandb/offline-run-*"))) == 2
-    assert_no_secret_in(folder, said)
+    assert_no_secret_in(folder, result)
 
 
 def test_cells_whose_sae_comes_from_the_environment_are_matched(
@@ -110,9 +110,9 @@ def test_cells_whose_sae_comes_from_the_environment_are_matched(
     words += ["analyzer.n_bootstrap=0", "hydra.sweep.dir=sweep", "dataset.n_examples=40"]
     words += ["analyzer.n_background=300", FEW_NEUTRAL]
     words += ["sae.path='${oc.env:SAEXP_TEST_SAES}/layer_{layer}/width_256'"]
-    said = command(folder, *words)
-    assert said.code == 0, said.err[-2000:]
-    assert (folder / "sweep/latent_matches.parquet").is_file(), said.err[-2000:]
+    result = command(folder, *words)
+    assert result.code == 0, result.err[-2000:]
+    assert (folder / "sweep/latent_matches.parquet").is_file(), result.err[-2000:]
 
 
 def test_the_sweeps_own_run_goes_to_the_project_that_the_environment_names(
@@ -120,8 +120,8 @@ def test_the_sweeps_own_run_goes_to_the_project_that_the_environment_names(
 ) -> None:
     monkeypatch.setenv("SAEXP_TEST_PROJECT", "of-the-group")
     words = ["-m", *SMALL, "tracker=wandb", "hydra.sweep.dir=sweep"]
-    said = command(folder, *words, "tracker.project=${oc.env:SAEXP_TEST_PROJECT}")
-    assert said.code == 0, said.err[-2000:]
+    result = command(folder, *words, "tracker.project=${oc.env:SAEXP_TEST_PROJECT}")
+    assert result.code == 0, result.err[-2000:]
     runs = list(folder.glob("sweep/wandb/offline-run-*/*.wandb"))
     assert len(runs) > 1
     assert all(b"of-the-group" in run.read_bytes() for run in runs)
@@ -223,5 +223,5 @@ def test_a_report_has_the_columns_that_the_environment_chose(
 ) -> None:
     monkeypatch.setenv("SAEXP_TEST_BY", "frequency")
     words = ["analyzer=top_features", "analyzer.by=${oc.env:SAEXP_TEST_BY}"]
-    said = command(folder, *SMALL, *words, "tracker=none", "hydra.run.dir=run")
-    assert said.code == 0, said.err[-2000:]
+    result = command(folder, *SMALL, *words, "tracker=none", "hydra.run.dir=run")
+    assert result.code == 0, result.err[-2000:]

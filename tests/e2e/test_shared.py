@@ -15,7 +15,7 @@ from saexp.pipeline import objects
 from saexp.results import Result
 from saexp.sweeps.planning import PROCESS
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.left import command, table_of
+from tests.unit.reports.run_outputs import command, table_of
 
 SMALL = ["tracker=none", "intervention.n_prompts=2", "intervention.n_controls=1"]
 SMALL += [
@@ -77,11 +77,11 @@ def assert_same(one: Result, other: Result) -> None:
 
 
 def test_a_sweep_over_coefficients_encodes_each_text_set_once(calls: Calls, tmp_path: Path) -> None:
-    said = command(tmp_path, "-m", "coefficient=0,0.6", *SMALL, "hydra.sweep.dir=sweep")
-    assert said.code == 0, said.err[-2000:]
+    result = command(tmp_path, "-m", "coefficient=0,0.6", *SMALL, "hydra.sweep.dir=sweep")
+    assert result.code == 0, result.err[-2000:]
     # The run's own positions and those of neutral text.
     assert (calls.encoded, calls.contrasted) == (2, 1)
-    table = table_of(said.sweep)
+    table = table_of(result.sweep)
     assert len(table) == 2
     names = [c for c in table if c.startswith(("contrast/", "sparsity/", "reconstruction/"))]
     assert all(table[name].nunique(dropna=False) == 1 for name in names)

@@ -49,13 +49,13 @@ def coverage(n: int, values: tuple[float, float], correlation: float, law: str) 
         truth = 0.5 + (rate[0] - 0.01) / 2 - other
     runs = list(zip(latent, scores[..., 1], strict=True))
     pairs = zip(*(aurocs(s, first, strata) for s in (latent, scores[..., 1])), strict=True)
-    found = [
+    differences = [
         Auroc(a.value - b.value, difference_of_aurocs(a, b, auroc_correlation(*run, first, strata)))
         for (a, b), run in zip(pairs, runs, strict=True)
     ]
     for i in (0, RUNS - 1):
-        assert_same(found[i], auroc_difference(*runs[i], first, strata))
-    return float(np.mean([f.interval.low <= truth <= f.interval.high for f in found]))
+        assert_same(differences[i], auroc_difference(*runs[i], first, strata))
+    return float(np.mean([f.interval.low <= truth <= f.interval.high for f in differences]))
 
 
 def aurocs(scores: np.ndarray, first: np.ndarray, strata: np.ndarray) -> list[Auroc]:

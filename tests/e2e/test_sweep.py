@@ -21,8 +21,15 @@ from saexp.context import ObjectCache
 from saexp.sweeps.passes import passes, texts_key
 from tests import interpreters
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.left import Said, command, metrics_of, page_of, table_of, wandb_runs
-from tests.unit.reports.left import assert_links_lead_to_reports as assert_links
+from tests.unit.reports.run_outputs import (
+    CommandResult,
+    command,
+    metrics_of,
+    page_of,
+    table_of,
+    wandb_runs,
+)
+from tests.unit.reports.run_outputs import assert_links_lead_to_reports as assert_links
 
 SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
 SMALL += [
@@ -36,11 +43,11 @@ SMALL += ["intervention.n_choice_prompts=2", "intervention.top_k=1"]
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Said:
+def swept(tmp_path_factory: pytest.TempPathFactory) -> CommandResult:
     words = ["-m", "layer=0,2", "width=512", "coefficient=0.6", *SMALL]
-    said = command(tmp_path_factory.mktemp("grid"), *words)
-    assert said.code == 0, said.err[-2000:]
-    return said
+    result = command(tmp_path_factory.mktemp("grid"), *words)
+    assert result.code == 0, result.err[-2000:]
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +59,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> int:
     return saexp.run(cfg, folder / "run").metrics["collection/tokens_forwarded"] or 0
 
 
-def test_a_sweep_forwards_no_more_than_one_of_its_cells_alone(swept: Said, alone: int) -> None:
+def test_a_sweep_forwards_no_more_than_one_of_its_cells_alone(
+    swept: CommandResult, alone: int
+) -> None:
     assert table_of(swept.sweep)["collection/tokens_forwarded"].sum() == alone > 0
 
 
-def test_the_table_is_what_the_cells_folders_hold(swept: Said) -> None:
+def test_the_table_is_what_the_cells_folders_hold(swept: CommandResult) -> None:
     table = table_of(swept.sweep)
     assert table["status"].tolist() == ["finished"] * 2
     assert table["layer"].tolist() == [0, 2]
@@ -67,14 +76,14 @@ def test_the_table_is_what_the_cells_folders_hold(swept: Said) -> None:
             assert pd.isna(row[name]) if value is None else row[name] == value, name
 
 
-def test_the_page_links_every_cells_report_and_is_printed_last(swept: Said) -> None:
+def test_the_page_links_every_cells_report_and_is_printed_last(swept: CommandResult) -> None:
     assert_links(swept.sweep, 2)
     *_, counted, where = swept.out.splitlines()
     assert counted == "sweep: 2 cells: 2 finished"
     assert where == "report: sweep/sweep.html"
 
 
-def test_the_plan_is_one_pass_that_stores_every_layer(swept: Said) -> None:
+def test_the_plan_is_one_pass_that_stores_every_layer(swept: CommandResult) -> None:
     plan = json.loads((swept.sweep / "plan.json").read_text())
     assert len(plan["cells"]) == 2
     (together,) = plan["passes"].values()
@@ -82,7 +91,7 @@ def test_the_plan_is_one_pass_that_stores_every_layer(swept: Said) -> None:
 
 
 @pytest.fixture(scope="module")
-def failing(tmp_path_factory: pytest.TempPathFactory) -> Said:
+def failing(tmp_path_factory: pytest.TempPathFactory) -> CommandResult:
     """Three cells: one fails, one cannot begin; each with a W&B run, offline."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
@@ -90,7 +99,7 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> Said:
         return command(folder, "-m", "layer=9,foo,2", *SMALL, "tracker=wandb", "intervention=none")
 
 
-def test_a_failing_cell_fails_the_sweep_after_the_others(failing: Said) -> None:
+def test_a_failing_cell_fails_the_sweep_after_the_others(failing: CommandResult) -> None:
     assert failing.code == 1
     table = table_of(failing.sweep)
     assert table["status"].tolist() == ["failed", "failed", "finished"]
@@ -105,11 +114,11 @@ def test_a_failing_cell_fails_the_sweep_after_the_others(failing: Said) -> None:
     assert "Traceback" not in failing.err
 
 
-def test_the_page_names_what_was_swept_and_nothing_else(failing: Said) -> None:
+def test_the_page_names_what_was_swept_and_nothing_else(failing: CommandResult) -> None:
     assert "<h1>Sweep over layer</h1>" in page_of(failing.sweep)
 
 
-def test_wandb_holds_a_run_per_cell_and_one_with_the_table(failing: Said) -> None:
+def test_wandb_holds_a_run_per_cell_and_one_with_the_table(failing: CommandResult) -> None:
     runs = wandb_runs(failing.sweep)
     assert [(r["job_type"], r["exit_code"]) for r in runs] == [
         ("analyze", 1),
@@ -125,7 +134,7 @@ def test_wandb_holds_a_run_per_cell_and_one_with_the_table(failing: Said) -> Non
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Said:
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> CommandResult:
     """Three cells, the second one long: Ctrl-C while it generates."""
     folder = tmp_path_factory.mktemp("stopped")
     words = ["-m", *SMALL, "intervention.n_prompts=4,300,5", "intervention.max_new_tokens=30"]
@@ -137,13 +146,17 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Said:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=100)
-    return Said(process.wait(), out, err, folder / "sweep")
+    return CommandResult(process.wait(), out, err, folder / "sweep")
 
 
-def test_ctrl_c_leaves_a_report_of_what_there_is_and_says_how_to_go_on(stopped: Said) -> None:
+def test_ctrl_c_leaves_a_report_of_what_there_is_and_says_how_to_go_on(
+    stopped: CommandResult,
+) -> None:
     assert stopped.code == 1
-    said = "saexp: stopped; what was collected is kept, and the same command continues from there"
-    assert stopped.err.splitlines()[-1] == said
+    message = (
+        "saexp: stopped; what was collected is kept, and the same command continues from there"
+    )
+    assert stopped.err.splitlines()[-1] == message
     assert "Traceback" not in stopped.err
     table = table_of(stopped.sweep)
     assert table["intervention.n_prompts"].tolist() == [4, 300, 5]
@@ -151,7 +164,7 @@ def test_ctrl_c_leaves_a_report_of_what_there_is_and_says_how_to_go_on(stopped: 
     assert_links(stopped.sweep, 1)
 
 
-def test_the_cell_that_ctrl_c_ended_counts_as_stopped(stopped: Said) -> None:
+def test_the_cell_that_ctrl_c_ended_counts_as_stopped(stopped: CommandResult) -> None:
     assert table_of(stopped.sweep)["status"].tolist() == ["finished", "stopped", "not run"]
     assert "sweep: 3 cells: 1 finished, 1 stopped, 1 not run" in stopped.out.splitlines()
     for state in ("finished", "stopped", "not run"):
@@ -160,8 +173,8 @@ def test_the_cell_that_ctrl_c_ended_counts_as_stopped(stopped: Said) -> None:
 
 def test_shards_made_by_several_cells_are_one_store(tmp_path: Path) -> None:
     words = ["task=collect", "layer=[0,3]", "tracker=none", "dataset.n_examples=60"]
-    said = command(tmp_path, "-m", *words, "task.shard=0,1,2", "task.n_shards=3")
-    assert said.code == 0, said.err[-2000:]
+    completed = command(tmp_path, "-m", *words, "task.shard=0,1,2", "task.n_shards=3")
+    assert completed.code == 0, completed.err[-2000:]
     (parts,) = (saexp.open_store(p) for p in (tmp_path / "outputs/cache/activations").iterdir())
     cfg = saexp.compose([*words, f"cache_dir={tmp_path}/alone"])
     result = saexp.run(cfg, tmp_path / "run")
@@ -177,10 +190,10 @@ def test_shards_made_by_several_cells_are_one_store(tmp_path: Path) -> None:
 
 
 def test_a_shard_beyond_the_last_is_one_line(tmp_path: Path) -> None:
-    said = command(tmp_path, "task=collect", "task.shard=3", "task.n_shards=3", "tracker=none")
-    assert said.code == 1
-    assert said.out == ""
-    assert said.err.splitlines() == [
+    result = command(tmp_path, "task=collect", "task.shard=3", "task.n_shards=3", "tracker=none")
+    assert result.code == 1
+    assert result.out == ""
+    assert result.err.splitlines() == [
         "saexp: task.shard=3 is not below task.n_shards=3; type task.shard=<0 to 2> or a larger "
         "task.n_shards="
     ]
@@ -213,27 +226,27 @@ def test_cells_with_other_texts_or_positions_have_a_pass_of_their_own(word: str)
 
 def test_every_stream_and_layer_of_collecting_cells_is_planned() -> None:
     words = ["task=collect", "task.streams=[resid_post,mlp_out]"]
-    (found,) = planned([*words, "layer=[0,1]"], ["layer=3"], [*words, "layer=1"]).values()
+    (plan,) = planned([*words, "layer=[0,1]"], ["layer=3"], [*words, "layer=1"]).values()
     expected = [[n, s] for n in (0, 1) for s in ("resid_post", "mlp_out")]
-    assert all(h in found for h in [*expected, [3, None]])
-    assert [3, "mlp_out"] not in found
+    assert all(h in plan for h in [*expected, [3, None]])
+    assert [3, "mlp_out"] not in plan
 
 
 def test_cells_that_cannot_be_composed_are_left_out_of_the_plan() -> None:
-    (found,) = planned(["layer=first"], ["model=nosuch"], ["nokey=1"], ["layer=3"]).values()
-    assert [3, None] in found
+    (plan,) = planned(["layer=first"], ["model=nosuch"], ["nokey=1"], ["layer=3"]).values()
+    assert [3, None] in plan
 
 
 def test_a_release_known_by_its_id_is_planned_at_the_layer_of_its_catalogue_entry() -> None:
     words = ["sae=gpt2_jb", "sae.id=blocks.5.hook_resid_pre", "layer=null"]
-    (found,) = planned(["model=gpt2", *words]).values()
-    assert [5, None] in found
+    (plan,) = planned(["model=gpt2", *words]).values()
+    assert [5, None] in plan
 
 
 def test_a_sweep_whose_tracker_cannot_be_made_is_one_line(tmp_path: Path) -> None:
-    said = command(tmp_path, "-m", "layer=0,1", *SMALL, "tracker=wandb", "tracker.mode=sometimes")
-    assert said.code == 1
-    assert said.err.splitlines()[-1].startswith("saexp: tracker.mode=sometimes: choose online")
+    result = command(tmp_path, "-m", "layer=0,1", *SMALL, "tracker=wandb", "tracker.mode=sometimes")
+    assert result.code == 1
+    assert result.err.splitlines()[-1].startswith("saexp: tracker.mode=sometimes: choose online")
 
 
 def test_a_cells_folder_can_be_made_whatever_was_typed(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from saexp.models.resolution import ASSETS
 from saexp.reports.sweep import findings
 from saexp.sweeps.passes import passes
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.left import command, table_of
+from tests.unit.reports.run_outputs import command, table_of
 
 SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0"]
 SMALL += [
@@ -30,8 +30,8 @@ SAES = [str(ASSETS / f"tiny/sae/layer_{n}/width_256") for n in (1, 3)]
 def planned(*cells: Sequence[str]) -> list[list[Any]]:
     register_schema()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-        (found,) = passes([list(cell) for cell in cells], ObjectCache()).values()
-    return found
+        (plan,) = passes([list(cell) for cell in cells], ObjectCache()).values()
+    return plan
 
 
 def test_custom_saes_are_planned_at_the_hookpoints_in_their_files() -> None:
@@ -51,9 +51,9 @@ def test_custom_saes_are_planned_at_the_hookpoints_in_their_files() -> None:
 
 def test_a_sweep_over_custom_saes_is_one_pass(tmp_path: Path) -> None:
     paths = ",".join(f"'{path}'" for path in SAES)
-    said = command(tmp_path, "-m", "sae=local", f"sae.path={paths}", "layer=null", *SMALL)
-    assert said.code == 0, said.err[-2000:]
-    forwarded = table_of(said.sweep)["collection/tokens_forwarded"].tolist()
+    result = command(tmp_path, "-m", "sae=local", f"sae.path={paths}", "layer=null", *SMALL)
+    assert result.code == 0, result.err[-2000:]
+    forwarded = table_of(result.sweep)["collection/tokens_forwarded"].tolist()
     assert forwarded[0] > 0
     assert forwarded[1:] == [0]
 
@@ -64,23 +64,27 @@ def test_layers_whose_latents_an_intervention_changes_are_planned() -> None:
     assert [h for h in planned(*cells) if h[1] is None] == [[n, None] for n in (1, 2, 3)]
     every = [*words, "intervention.layers=all"]
     assert [h[0] for h in planned(every)] == list(range(5))
-    named = ["layer=2", "intervention=clamp", "intervention.values=[1,1]"]
-    assert [h[0] for h in planned([*named, "intervention.latents={0:[3],4:[5]}"])] == [0, 2, 4]
+    clamp_words = ["layer=2", "intervention=clamp", "intervention.values=[1,1]"]
+    assert [h[0] for h in planned([*clamp_words, "intervention.latents={0:[3],4:[5]}"])] == [
+        0,
+        2,
+        4,
+    ]
 
 
 def test_one_cells_impossible_stream_fails_no_other(tmp_path: Path) -> None:
     streams = "task.streams=[resid_post],[foo],[resid_mid]"
-    said = command(tmp_path, "-m", "task=collect", "layer=1", streams, *SMALL)
-    table = table_of(said.sweep)
+    result = command(tmp_path, "-m", "task=collect", "layer=1", streams, *SMALL)
+    table = table_of(result.sweep)
     assert table["status"].tolist() == ["finished", "failed", "finished"]
     assert "no stream 'foo'" in table["error"][1]
     assert table["collection/tokens_forwarded"].dropna().tolist()[1:] == [0]
 
 
 def test_no_stream_at_all_is_one_line(tmp_path: Path) -> None:
-    said = command(tmp_path, "task=collect", "layer=1", "task.streams=[]")
-    assert said.code == 1
-    assert said.err.splitlines()[-1] == (
+    result = command(tmp_path, "task=collect", "layer=1", "task.streams=[]")
+    assert result.code == 1
+    assert result.err.splitlines()[-1] == (
         "saexp: task.streams=[] contains no stream; type task.streams=[resid_post]"
     )
 

@@ -178,13 +178,13 @@ def test_a_forecast_comes_before_the_first_step(
         r".* after 2,048 positions \(sae_trainer.buffer_rows\), in about \d+ s at (\d+) tokens/s; "
         r"all 5,120 of the training take at least about \d+ s, and the ([\d,]+) held-out tokens .*"
     )
-    found = re.fullmatch(pattern, forecast)
-    assert found is not None, forecast
-    assert int(found[1]) > 0
+    match = re.fullmatch(pattern, forecast)
+    assert match is not None, forecast
+    assert int(match[1]) > 0
     # Special tokens are sent through the model and not measured.
     n_measured = run.metrics["sparsity/n_positions"]
     assert n_measured is not None
-    assert n_measured <= int(found[2].replace(",", "")) <= 1.1 * n_measured
+    assert n_measured <= int(match[2].replace(",", "")) <= 1.1 * n_measured
 
 
 def test_the_loss_of_the_model_is_measured_at_the_chosen_steps(

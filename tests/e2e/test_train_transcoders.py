@@ -165,8 +165,14 @@ def test_the_report_names_both_hookpoints(runs: dict[tuple[str, bool], Result]) 
 def test_what_was_trained_is_analysed_and_spliced(cache: Path, tmp_path: Path) -> None:
     """Spliced in on the texts it was trained on, it does what the MLP does, better than zeros."""
     words = ["sae_trainer=batchtopk_transcoder", BOTH, "sae_trainer.n_samples=50000"]
-    place = trained(cache, tmp_path / "train", *words).path / "sae"
-    common = ["sae=local", f"sae.path={place}", "layer=2", "tracker=none", f"cache_dir={cache}2"]
+    sae_folder = trained(cache, tmp_path / "train", *words).path / "sae"
+    common = [
+        "sae=local",
+        f"sae.path={sae_folder}",
+        "layer=2",
+        "tracker=none",
+        f"cache_dir={cache}2",
+    ]
     less = [
         "dataset.n_examples=20",
         "analyzer.n_bootstrap=0",

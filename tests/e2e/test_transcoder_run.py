@@ -58,7 +58,7 @@ def skip_transcoder(folder: Path, x: Tensor, y: Tensor, wrong: int = 0) -> Path:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both streams of all blocks at the run's positions and at those of its neutral text."""
     folder = tmp_path_factory.mktemp("cache")
-    place = write_saelens(
+    sae_folder = write_saelens(
         folder / "tiny",
         {"architecture": "transcoder", "metadata": HOOKS},
         {
@@ -68,23 +68,23 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "b_dec": torch.zeros(D),
         },
     )
-    run(folder, folder / "run", place)
+    run(folder, folder / "run", sae_folder)
     return folder
 
 
-def run(cache: Path, folder: Path, place: Path, *words: str) -> Result:
-    cfg = saexp.compose([*WORDS, f"sae.path={place}", f"cache_dir={cache}", *words])
+def run(cache: Path, folder: Path, sae_folder: Path, *words: str) -> Result:
+    cfg = saexp.compose([*WORDS, f"sae.path={sae_folder}", f"cache_dir={cache}", *words])
     return saexp.run(cfg, folder)
 
 
 def test_metrics_are_of_the_stream_that_is_predicted(cache: Path, tmp_path: Path) -> None:
     by_data = stores(cache)
-    place = skip_transcoder(tmp_path / "sae", *streams(by_data["neutral"]))
-    result = run(cache, tmp_path / "run", place)
+    sae_folder = skip_transcoder(tmp_path / "sae", *streams(by_data["neutral"]))
+    result = run(cache, tmp_path / "run", sae_folder)
     assert result.metrics["collection/tokens_forwarded"] == 0
-    made, (x, y) = saexp.load_sae(place), streams(by_data["own"])
-    acts = made.encode(x)
-    error = (made.decode(acts, x) - y).double().square().sum(-1)
+    sae, (x, y) = saexp.load_sae(sae_folder), streams(by_data["own"])
+    acts = sae.encode(x)
+    error = (sae.decode(acts, x) - y).double().square().sum(-1)
     spread = (y.double() - y.double().mean(0)).square().sum(-1)
     metrics = result.metrics
     assert metrics["reconstruction/explained_variance"] == pytest.approx(
@@ -106,17 +106,17 @@ def test_the_check_compares_with_the_other_stream(cache: Path, tmp_path: Path) -
     assert fits.metrics["check/explained_variance"] > 0.4
     # At the positions analysed it explains little, which is noted; its reading is not in doubt.
     assert not any("on neutral text, " in n or "looks trained" in n for n in fits.notes)
-    place = skip_transcoder(tmp_path / "b", x, y, wrong=1)
-    wrong = run(cache, tmp_path / "wrong", place, f"layer={LAYER + 1}")
+    sae_folder = skip_transcoder(tmp_path / "b", x, y, wrong=1)
+    wrong = run(cache, tmp_path / "wrong", sae_folder, f"layer={LAYER + 1}")
     (note,) = [n for n in wrong.notes if "of the variance" in n]
     assert f"at layer_{LAYER + 1}.mlp_out on neutral text" in note
     assert f"at layer_{LAYER}.mlp_in: it looks trained on that layer" in note
 
 
 def test_another_analyzer_reads_both_streams_too(cache: Path, tmp_path: Path) -> None:
-    place = skip_transcoder(tmp_path / "sae", *streams(stores(cache)["neutral"]))
-    contrast = run(cache, tmp_path / "contrast", place).metrics
-    stats = run(cache, tmp_path / "stats", place, "analyzer=stats").metrics
+    sae_folder = skip_transcoder(tmp_path / "sae", *streams(stores(cache)["neutral"]))
+    contrast = run(cache, tmp_path / "contrast", sae_folder).metrics
+    stats = run(cache, tmp_path / "stats", sae_folder, "analyzer=stats").metrics
     name = "reconstruction/explained_variance"
     assert stats[name] == contrast[name]
 

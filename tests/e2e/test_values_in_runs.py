@@ -52,8 +52,8 @@ def test_a_run_estimates_it_and_says_so(tmp_path: Path) -> None:
     factor = 128**0.5 / norm_of_neutral_text(tmp_path)
     for name in ("b_enc", "b_dec", "threshold"):
         weights[name] = weights[name] * factor
-    place = write_saelens(tmp_path / "sae", {**cfg, **FIXED}, weights)
-    more = ["sae=local", f"sae.path={place}", "sae.norm_factor=estimate"]
+    sae_folder = write_saelens(tmp_path / "sae", {**cfg, **FIXED}, weights)
+    more = ["sae=local", f"sae.path={sae_folder}", "sae.norm_factor=estimate"]
     result = saexp.run(saexp.compose([*words, *more]), tmp_path / "run")
     assert result.metrics["reconstruction/explained_variance"] == pytest.approx(wanted, abs=1e-3)
     (note,) = [n for n in result.notes if "norm_factor" in n]
@@ -87,13 +87,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_firing_is_read_from_a_runs_files_on_held_out_rows(run: Path) -> None:
     activations = pd.read_parquet(run / "activations.parquet")
     rows = pd.read_parquet(run / "rows.parquet")
-    found = firing(activations, rows)
+    firings = firing(activations, rows)
     test = rows[rows["split"] == "test"]
-    assert len(found.keys) == len(test) > 0
-    for i, latent in enumerate(found.latents):
-        mine = activations[activations["latent"] == latent].reset_index(drop=True)
-        assert (found.fires[:, i] == (mine.loc[test.index, "value"] > 1e-6).to_numpy()).all()
-    assert cofiring(found, found).phi.diagonal() == pytest.approx(1)
+    assert len(firings.keys) == len(test) > 0
+    for i, latent in enumerate(firings.latents):
+        latent_rows = activations[activations["latent"] == latent].reset_index(drop=True)
+        assert (
+            firings.fires[:, i] == (latent_rows.loc[test.index, "value"] > 1e-6).to_numpy()
+        ).all()
+    assert cofiring(firings, firings).phi.diagonal() == pytest.approx(1)
 
 
 def test_a_run_says_so_before_its_contrast(tmp_path: Path) -> None:
@@ -107,8 +109,8 @@ def test_a_run_says_so_before_its_contrast(tmp_path: Path) -> None:
     words += ["dataset=jsonl", f"dataset.path={data}", "intervention.where=last", "tracker=none"]
     words += [f"cache_dir={tmp_path}", "intervention.max_new_tokens=60", "dataset.max_length=64"]
     for more in (["analyzer=contrast"], ["analyzer=stats", "intervention.latents=[3]"]):
-        place = tmp_path / more[0]
+        run_folder = tmp_path / more[0]
         with pytest.raises(ModelError, match="new ones do not fit into the 64 positions") as error:
-            saexp.run(saexp.compose([*words, *more]), place)
+            saexp.run(saexp.compose([*words, *more]), run_folder)
         assert "type intervention.max_new_tokens=" in str(error.value)
-        assert not (place / "latents.parquet").exists()
+        assert not (run_folder / "latents.parquet").exists()

@@ -15,7 +15,7 @@ from saexp.tasks import saved_runs
 from saexp.tasks.saved_runs import PARAMETERS, Panel, keys_of_folder, sections
 from tests import interpreters
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.left import Said, command, metrics_of, table_of, wandb_runs
+from tests.unit.reports.run_outputs import CommandResult, command, metrics_of, table_of, wandb_runs
 
 SWEEPS = Path(__file__).parents[2] / "experiments/wandb_sweeps"
 SMALL = ["tracker=wandb", "intervention.n_prompts=4", "intervention.n_controls=2"]
@@ -32,35 +32,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def swept(folder: Path) -> Said:
+def swept(folder: Path) -> CommandResult:
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("WANDB_")]:
             patch.delenv(name)
         patch.setenv("WANDB_MODE", "offline")
-        said = command(folder, "-m", "layer=1,2", "width=256,512", "coefficient=0.3,0.6", *SMALL)
-    assert said.code == 0, said.err[-3000:]
-    return said
+        result = command(folder, "-m", "layer=1,2", "width=256,512", "coefficient=0.3,0.6", *SMALL)
+    assert result.code == 0, result.err[-3000:]
+    return result
 
 
 @pytest.fixture(scope="module")
-def runs(swept: Said) -> list[dict[str, Any]]:
+def runs(swept: CommandResult) -> list[dict[str, Any]]:
     return [r for r in wandb_runs(swept.sweep) if r["job_type"] == "analyze"]
 
 
 @pytest.fixture(scope="module")
-def with_list(swept: Said, folder: Path) -> dict[str, Any]:  # noqa: ARG001
+def with_list(swept: CommandResult, folder: Path) -> dict[str, Any]:  # noqa: ARG001
     """A run with a list of coefficients, from the same cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         words = [w for w in SMALL if not w.startswith("hydra")]
-        said = command(folder, "coefficient=[0,0.3,0.6]", *words, "hydra.run.dir=listed")
-    assert said.code == 0, said.err[-3000:]
+        result = command(folder, "coefficient=[0,0.3,0.6]", *words, "hydra.run.dir=listed")
+    assert result.code == 0, result.err[-3000:]
     (run,) = wandb_runs(folder / "listed")
     return run
 
 
 def test_every_cell_is_a_run_with_a_name_of_its_own_in_one_group(
-    swept: Said, runs: list[dict[str, Any]]
+    swept: CommandResult, runs: list[dict[str, Any]]
 ) -> None:
     names = {f"tiny · layer {n} · width {w} · coefficient {c}" for n, w, c in GRID}
     assert {run["name"] for run in runs} == names
@@ -83,7 +83,7 @@ def test_layer_width_and_coefficient_are_plain_numbers_of_the_config(
 
 
 def test_the_cells_share_their_keys_which_hold_no_coefficient_and_no_latent(
-    swept: Said, runs: list[dict[str, Any]]
+    swept: CommandResult, runs: list[dict[str, Any]]
 ) -> None:
     common = set.intersection(*({*run["summary"]} for run in runs))
     assert common > {
@@ -131,7 +131,7 @@ def test_a_list_of_coefficients_is_a_series_with_the_selected_value_in_the_summa
 
 
 def test_artifacts_say_what_was_read_and_what_was_written(
-    swept: Said, runs: list[dict[str, Any]]
+    swept: CommandResult, runs: list[dict[str, Any]]
 ) -> None:
     stores = [a for run in runs for a in run["artifacts"] if a.type == "store"]
     assert len(stores) == len(runs)
@@ -154,7 +154,7 @@ def test_artifacts_say_what_was_read_and_what_was_written(
     assert {e.path for e in table.manifest.contents} == {"sweep.parquet", "sweep.html"}
 
 
-def test_rows_and_generations_are_tables(swept: Said, runs: list[dict[str, Any]]) -> None:
+def test_rows_and_generations_are_tables(swept: CommandResult, runs: list[dict[str, Any]]) -> None:
     for run in runs:
         assert {k.split("/")[1] for k in run["keys"] if k.startswith("tables/")} == {
             *("latents", "rows", "effects", "effects_summary", "baselines")
@@ -170,15 +170,18 @@ def shown(panels: list[Panel]) -> set[str]:
 
 
 def test_every_panel_of_the_workspace_has_keys_that_the_runs_log(
-    swept: Said, folder: Path, runs: list[dict[str, Any]], with_list: dict[str, Any]
+    swept: CommandResult, folder: Path, runs: list[dict[str, Any]], with_list: dict[str, Any]
 ) -> None:
-    found = sections(keys_of_folder(swept.sweep)[0])
+    view_sections = sections(keys_of_folder(swept.sweep)[0])
     names = ["Overview", "Dose-response", "Grid", "SAE quality", "Tables"]
-    assert [section.name for section in found] == names
+    assert [section.name for section in view_sections] == names
     logged = set().union(*(run["summary"] for run in [*runs, with_list]))
     logged |= {"/".join(key.split("/")[:2]) for key in logged if key.startswith("tables/")}
     panels = [
-        panel for section in found for panel in section.panels if panel.y != ("tables/sweep",)
+        panel
+        for section in view_sections
+        for panel in section.panels
+        if panel.y != ("tables/sweep",)
     ]
     assert {p.kind for p in panels} == {"scatter", "bar", "parallel", "importance", "table"}
     assert shown(panels) <= logged
@@ -189,12 +192,14 @@ def test_every_panel_of_the_workspace_has_keys_that_the_runs_log(
     assert shown(lines) <= history
 
 
-def test_a_dry_run_prints_the_panels_and_needs_no_library(swept: Said, folder: Path) -> None:
+def test_a_dry_run_prints_the_panels_and_needs_no_library(
+    swept: CommandResult, folder: Path
+) -> None:
     words = ["task=workspace", f"path={swept.sweep}", "dry_run=true", "hydra.run.dir=view"]
-    said = command(folder, *words)
-    assert said.code == 0, said.err[-2000:]
+    result = command(folder, *words)
+    assert result.code == 0, result.err[-2000:]
     line = "Overview: scatter of contrast/best_auroc_unknown_test over layer by width"
-    assert line in said.out.splitlines()
+    assert line in result.out.splitlines()
     saved = json.loads((folder / "view/workspace.json").read_text("utf-8"))
     assert [section["name"] for section in saved][0] == "Overview"
     missing = command(folder, "task=workspace", "path=nowhere/x", "dry_run=true")
@@ -204,21 +209,25 @@ def test_a_dry_run_prints_the_panels_and_needs_no_library(swept: Said, folder: P
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:pydantic")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_workspaces")
-def test_the_view_is_built_of_the_same_panels(swept: Said) -> None:
+def test_the_view_is_built_of_the_same_panels(swept: CommandResult) -> None:
     pytest.importorskip("wandb_workspaces")
     from saexp.tasks.saved_runs import build, build_report
 
-    found = sections(keys_of_folder(swept.sweep)[0])
-    view = build(found, entity="e", project="p", name="n")
+    view_sections = sections(keys_of_folder(swept.sweep)[0])
+    view = build(view_sections, entity="e", project="p", name="n")
     assert [(s.name, len(s.panels)) for s in view.sections] == [
-        (s.name, len(s.panels)) for s in found
+        (s.name, len(s.panels)) for s in view_sections
     ]
     first = view.sections[0].panels[0]
-    assert (first.x.name, first.y.name, first.z.name) == ("layer", found[0].panels[0].y[0], "width")
-    report = build_report(found, entity="e", project="p", name="n")
+    assert (first.x.name, first.y.name, first.z.name) == (
+        "layer",
+        view_sections[0].panels[0].y[0],
+        "width",
+    )
+    report = build_report(view_sections, entity="e", project="p", name="n")
     headings = [block.text for block in report.blocks if type(block).__name__ == "H1"]
     grids = [block for block in report.blocks if type(block).__name__ == "PanelGrid"]
-    assert headings == [section.name for section in found]
+    assert headings == [section.name for section in view_sections]
     assert [[type(p) for p in grid.panels] for grid in grids] == [
         [type(p) for p in section.panels] for section in view.sections
     ]
@@ -226,7 +235,7 @@ def test_the_view_is_built_of_the_same_panels(swept: Said) -> None:
 
 
 def test_a_view_and_with_it_a_report_are_saved_in_the_project(
-    swept: Said, folder: Path, monkeypatch: pytest.MonkeyPatch
+    swept: CommandResult, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = []
 
@@ -237,8 +246,8 @@ def test_a_view_and_with_it_a_report_are_saved_in_the_project(
             return self
 
     def builder(kind: str) -> Any:
-        def build(found: list[Any], **about: str) -> View:
-            saved.append((kind, len(found), about))
+        def build(view_sections: list[Any], **about: str) -> View:
+            saved.append((kind, len(view_sections), about))
             return View()
 
         return build
@@ -247,9 +256,9 @@ def test_a_view_and_with_it_a_report_are_saved_in_the_project(
     monkeypatch.setattr(saved_runs, "build_report", builder("report"))
     words = [f"path={swept.sweep}", "tracker.entity=e", "title=t"]
     for at, word in enumerate(("report=false", "report=true")):
-        said = command(folder, "task=workspace", *words, word, f"hydra.run.dir=saved{at}")
-        assert said.code == 0, said.err[-2000:]
-        assert said.out.count("saved https://host/view") == at + 1
+        result = command(folder, "task=workspace", *words, word, f"hydra.run.dir=saved{at}")
+        assert result.code == 0, result.err[-2000:]
+        assert result.out.count("saved https://host/view") == at + 1
     about = {"entity": "e", "project": "saexp", "name": "t"}
     assert saved == [(kind, 5, about) for kind in ("view", "view", "report")]
 

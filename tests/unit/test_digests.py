@@ -115,7 +115,7 @@ def test_code_is_known_by_the_files_of_its_package(
     assert code_digest(AnswerLogit) != code_digest(AnswerRank)
     assert code_digest(AnswerLogit) == code_digest(AnswerLogit)
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = []
+    code_digests = []
     for number, helper in enumerate(("x = 1", "x = 1", "x = 2")):
         name = f"my_code_{number}"
         (tmp_path / name).mkdir()
@@ -126,10 +126,10 @@ def test_code_is_known_by_the_files_of_its_package(
         module.Mine.__module__ = "my_code.mine"
         monkeypatch.setitem(sys.modules, "my_code", sys.modules[name])
         monkeypatch.setitem(sys.modules, "my_code.mine", module)
-        found.append(code_digest(module.Mine))
-    assert found[0] == found[1] != found[2]
+        code_digests.append(code_digest(module.Mine))
+    assert code_digests[0] == code_digests[1] != code_digests[2]
 
 
 def test_code_that_is_in_no_file_has_no_digest() -> None:
-    made = type("Typed", (), {"__module__": "nowhere_in_a_file"})
-    assert code_digest(made) is None
+    typed_class = type("Typed", (), {"__module__": "nowhere_in_a_file"})
+    assert code_digest(typed_class) is None

@@ -28,7 +28,7 @@ from saexp.tracking import (
     whole_steps,
 )
 from saexp.tracking.wandb import has_key
-from tests.unit.reports.left import wandb_runs
+from tests.unit.reports.run_outputs import wandb_runs
 
 ABOUT = {"config": {"a": 1}, "name": "n", "job_type": "analyze", "group": "g"}
 TABLE = pd.DataFrame({"latent": [1, 2], "rank": pd.array([1, pd.NA], dtype="Int64")})
@@ -248,8 +248,8 @@ def test_trackers_get_plain_values_to_compare_runs_by() -> None:
     plain |= {"model.name": "google/gemma-2-2b", "sae.release": "gemmascope"}
     assert {key: config[key] for key in plain} == plain
     assert config["model"] == CONFIG["model"]
-    named = tracked_config({**CONFIG, "width": "average_l0_80", "coefficient": [0, 1]})
-    assert (named["width"], named["coefficient"]) == ("average_l0_80", [0, 1])
+    tracked = tracked_config({**CONFIG, "width": "average_l0_80", "coefficient": [0, 1]})
+    assert (tracked["width"], tracked["coefficient"]) == ("average_l0_80", [0, 1])
 
 
 def test_the_former_key_of_the_kind_is_read(caplog: pytest.LogCaptureFixture) -> None:

@@ -227,9 +227,9 @@ def _hookpoint(folder: Path, trainer: Config, stream: str | None, label: str) ->
             f"{label}: its config has submodule_name '{name}', which is not a stream that "
             "saexp knows; set sae.stream=resid_post, mlp_out …"
         )
-    named = [p for p in (by_name, by_folder) if p]
-    streams = {s for s, _ in named} or ({stream} if stream else set())
-    layers = {n for n in (layer, *(n for _, n in named)) if n is not None}
+    candidates = [p for p in (by_name, by_folder) if p]
+    streams = {s for s, _ in candidates} or ({stream} if stream else set())
+    layers = {n for n in (layer, *(n for _, n in candidates)) if n is not None}
     if len(streams) > 1 or len(layers) > 1:
         raise SAEError(
             f"{label}: its config says layer={layer}, submodule_name={name}, its folder "

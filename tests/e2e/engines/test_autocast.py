@@ -123,8 +123,10 @@ def test_autocast_is_on_where_the_model_is_computed_in_native_bfloat16(
     model: Any = SimpleNamespace(dtype=dtype, device=torch.device("cpu"))
     expected = is_native and dtype == torch.bfloat16
     assert _resolved(SAETrainerConfig(name="topk"), model).autocast is expected
-    for given in (True, False):
-        assert _resolved(SAETrainerConfig(name="topk", autocast=given), model).autocast is given
+    for autocast in (True, False):
+        assert (
+            _resolved(SAETrainerConfig(name="topk", autocast=autocast), model).autocast is autocast
+        )
 
 
 @pytest.mark.gpu

@@ -73,11 +73,11 @@ def rows_run(model: LanguageModel, function: Callable[[], Tensor]) -> tuple[list
         for n in range(model.n_layers)
     ]
     try:
-        found = function()
+        result = function()
     finally:
         for handle in handles:
             handle.remove()
-    return seen, found
+    return seen, result
 
 
 @pytest.mark.parametrize(
@@ -88,14 +88,14 @@ def test_a_grid_equals_its_rows_one_by_one(architecture: str, at: Hookpoint) -> 
     if at.stream == "resid_mid" and model.name in ADD_AT_ONCE:
         pytest.skip("adds attention and MLP at once, so it has no resid_mid")
     # From the first tokens on (no prefix to share), and at the last one (a prefix in a cache).
-    for place in (lambda _: 0, lambda n: n - 1):
-        rows = grid(model, at, place)
+    for position_of in (lambda _: 0, lambda n: n - 1):
+        rows = grid(model, at, position_of)
         forwards = [block.forward for block in model.blocks]
         seen, together = rows_run(model, lambda rows=rows: last_logits(model, rows, None, 1))
         alone = torch.cat([last_logits(model, [row], None, 1) for row in rows])
         torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-4)
         n_prompts = len({row.ids for row in rows})
-        prefixes = n_prompts if place(9) else 0
+        prefixes = n_prompts if position_of(9) else 0
         shared = UNTOUCHED[at]
         assert all(n <= n_prompts + prefixes for n in seen[:shared]), seen
         assert all(n >= len(rows) for n in seen[shared:]), seen
@@ -223,8 +223,8 @@ UNLIKE = {
 @pytest.mark.parametrize("layer", [0, 1, 2, 3])
 def test_models_whose_blocks_share_more_than_the_stream(config: str, layer: int) -> None:
     model = of_config(config, **UNLIKE[config])
-    for place in (lambda _: 0, lambda n: n - 1):
-        rows = grid(model, Hookpoint(layer, "resid_post"), place)
+    for position_of in (lambda _: 0, lambda n: n - 1):
+        rows = grid(model, Hookpoint(layer, "resid_post"), position_of)
         alone = [last_logits(model, [row], None, 1) for row in rows]
         together = last_logits(model, rows, None, 1)
         torch.testing.assert_close(together, torch.cat(alone), atol=2e-5, rtol=1e-4)

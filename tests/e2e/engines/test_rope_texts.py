@@ -22,15 +22,15 @@ def rows() -> list[Row]:
     """24 rows; three to a prompt, so that prompts are shared and texts guessed."""
     rng = np.random.default_rng(0)
     vector = Vector(torch.tensor(rng.normal(size=D_MODEL)).float())
-    found = []
+    edited_rows = []
     for n in LENGTHS:
         ids = tuple(int(t) for t in rng.integers(3, VOCABULARY, n))
-        found += [
+        edited_rows += [
             Row(ids, (Add(AT, vector, 0.0),), (n - 1,)),
             Row(ids, (Add(AT, vector, 0.1),), (n - 1,)),
             Row(ids, (Add(AT, vector, 1.0),), tuple(range(n)), True),
         ]
-    return found
+    return edited_rows
 
 
 def alone(name: str, row: Row) -> list[int]:
@@ -56,9 +56,9 @@ def test_the_end_token_ends_a_row_before_and_behind_the_context(name):
     model = rope_lm(name)
     free = generate(model, rows(), max_new_tokens=N_NEW, batch_tokens=10_000)
     model.__dict__["eos_ids"] = (2, free[9][1], free[12][-1], free[-1][3])
-    found = generate(model, rows(), max_new_tokens=N_NEW, batch_tokens=10_000)
+    generated = generate(model, rows(), max_new_tokens=N_NEW, batch_tokens=10_000)
     ends = [[i for i, t in enumerate(x) if t in model.eos_ids] for x in free]
-    assert found == [x[: end[0]] if end else x for x, end in zip(free, ends, strict=True)]
+    assert generated == [x[: end[0]] if end else x for x, end in zip(free, ends, strict=True)]
     assert any(ends)
 
 
@@ -83,14 +83,14 @@ def test_samples_and_patches_across_the_context_depend_on_the_row_alone(name):
 @pytest.mark.parametrize("name", ROPE_MODELS)
 def test_logits_of_prompts_on_both_sides_equal_single_rows(name):
     model = rope_lm(name)
-    found = read_logits(
+    all_logits = read_logits(
         model,
         [Row(row.ids) for row in rows()],
         None,
         LogitReader(lambda _row, logits: logits[-1].numpy(), "test"),
         batch_tokens=10_000,
     )
-    for row, values in zip(rows(), found, strict=True):
+    for row, values in zip(rows(), all_logits, strict=True):
         with torch.inference_mode():
             wanted = rope_lm(name).hf(torch.tensor([row.ids])).logits[0, -1]
         torch.testing.assert_close(torch.tensor(values).float(), wanted, atol=1e-5, rtol=1e-5)

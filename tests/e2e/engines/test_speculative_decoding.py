@@ -48,8 +48,10 @@ def test_each_row_has_the_tokens_it_has_alone(architecture: str) -> None:
     wanted = [alone(model, row, sae) for row in rows]
     assert len(set(map(tuple, wanted))) > 10
     for batch_tokens in (10_000, 90):
-        found = generate(model, rows, {AT: sae}, max_new_tokens=N_NEW, batch_tokens=batch_tokens)
-        assert found == wanted
+        generated = generate(
+            model, rows, {AT: sae}, max_new_tokens=N_NEW, batch_tokens=batch_tokens
+        )
+        assert generated == wanted
 
 
 @pytest.mark.parametrize("min_accepted", [-1.0, 2.0])
@@ -60,8 +62,8 @@ def test_drafting_that_continues_or_ends_gives_the_same_tokens(
     rows = grid(model, sae)
     monkeypatch.setattr(batching, "_MIN_ACCEPTED", min_accepted)
     monkeypatch.setattr(batching, "LOGIT_BYTES", 100_000)
-    found = generate(model, rows, {AT: sae}, max_new_tokens=N_NEW, batch_tokens=500)
-    assert found == [alone(model, row, sae) for row in rows]
+    generated = generate(model, rows, {AT: sae}, max_new_tokens=N_NEW, batch_tokens=500)
+    assert generated == [alone(model, row, sae) for row in rows]
 
 
 def test_rows_end_at_the_end_token() -> None:
@@ -70,7 +72,7 @@ def test_rows_end_at_the_end_token() -> None:
     rows = grid(model, sae)
     free = [alone(model, row, sae) for row in rows]
     model.__dict__["eos_ids"] = (free[0][2], free[2][4], free[-1][0])
-    found = generate(model, rows, {AT: sae}, max_new_tokens=N_NEW, batch_tokens=10_000)
+    generated = generate(model, rows, {AT: sae}, max_new_tokens=N_NEW, batch_tokens=10_000)
     cut = []
     for row, tokens in zip(rows, free, strict=True):
         ends = [i for i, t in enumerate(tokens) if t in model.eos_ids]
@@ -78,15 +80,15 @@ def test_rows_end_at_the_end_token() -> None:
             cut.append(tokens[: ends[0]] if ends else tokens)
         else:
             cut.append(alone(model, row, sae))
-    assert found == cut
-    assert len({len(tokens) for tokens in found}) > 3
+    assert generated == cut
+    assert len({len(tokens) for tokens in generated}) > 3
 
 
 def test_a_single_new_token() -> None:
     model, sae = random_lm("gpt2"), made_sae()
     rows = grid(model, sae)
-    found = generate(model, rows, {AT: sae}, max_new_tokens=1, batch_tokens=10_000)
-    assert found == [alone(model, row, sae)[:1] for row in rows]
+    generated = generate(model, rows, {AT: sae}, max_new_tokens=1, batch_tokens=10_000)
+    assert generated == [alone(model, row, sae)[:1] for row in rows]
 
 
 def test_one_row_per_prompt_is_decoded_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,12 +104,12 @@ def test_one_row_per_prompt_is_decoded_token_by_token(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(generation, "_generate_batch", counted)
     decoding = SpeculativeDecoding(model, {AT: sae}, N_NEW, 10_000)
-    found = {row.key: tokens for batch in decoding.run(rows) for row, tokens in batch}
+    tokens_by_key = {row.key: tokens for batch in decoding.run(rows) for row, tokens in batch}
     assert len(generated) == 3
     assert decoding.n_accepted == decoding.n_verified > 0
-    assert len(found) == 60
+    assert len(tokens_by_key) == 60
     monkeypatch.setattr(generation, "_generate_batch", real)
-    assert all(found[row.key] == alone(model, row, sae) for row in rows)
+    assert all(tokens_by_key[row.key] == alone(model, row, sae) for row in rows)
 
 
 def test_single_rows_of_a_prompt_need_no_draft(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,9 +145,9 @@ def test_rows_with_a_transcoder_are_drafted_too() -> None:
         for c in (0.1, 3.0)
         for generated in (True, False)
     ]
-    found = generate(model, rows, {source: sae}, max_new_tokens=N_NEW, batch_tokens=10_000)
+    drafted = generate(model, rows, {source: sae}, max_new_tokens=N_NEW, batch_tokens=10_000)
     wanted = [generation._generate_batch(model, [row], {source: sae}, [N_NEW])[0] for row in rows]
-    assert found == wanted
+    assert drafted == wanted
 
 
 def test_a_grid_of_added_vectors() -> None:
@@ -156,5 +158,5 @@ def test_a_grid_of_added_vectors() -> None:
         for c in (0.0, 0.3, 3.0)
         for ids in prompts(model)
     ]
-    found = generate(model, rows, {AT: sae}, max_new_tokens=N_NEW, batch_tokens=400)
-    assert found == [alone(model, row, sae) for row in rows]
+    generated = generate(model, rows, {AT: sae}, max_new_tokens=N_NEW, batch_tokens=400)
+    assert generated == [alone(model, row, sae) for row in rows]

@@ -92,13 +92,13 @@ def test_texts_equal_a_plain_loop_for_any_prompt_length_and_batch_size(
     case: Case, batch_size: int, logit_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batching, "LOGIT_BYTES", logit_bytes)
-    found = generate(
+    generated = generate(
         case.model,
         case.rows,
         max_new_tokens=case.max_new_tokens,
         batch_tokens=batch_size * (40 + case.max_new_tokens),
     )
-    assert found == case.texts
+    assert generated == case.texts
 
 
 @pytest.mark.parametrize(("seed", "batch_tokens"), [(103, 200), (106, 1)])
@@ -139,13 +139,13 @@ def test_logits_are_those_of_each_row_s_last_tokens_counted_from_the_right(n_las
     """Also where the batch is narrower than `n_last`."""
     model, rng = random_lm("llama"), np.random.default_rng(0)
     rows = [Row(tuple(map(int, rng.integers(3, VOCABULARY, n)))) for n in (1, 3, 5, 9)]
-    found = last_logits(model, rows, None, n_last)
-    assert found.shape == (4, min(n_last, 9), VOCABULARY)
-    for row, logits in zip(rows, found, strict=True):
+    all_logits = last_logits(model, rows, None, n_last)
+    assert all_logits.shape == (4, min(n_last, 9), VOCABULARY)
+    for row, logits in zip(rows, all_logits, strict=True):
         n = min(n_last, len(row.ids))
         with torch.inference_mode():
             wanted = model.hf(torch.tensor([row.ids])).logits[0, -n:]
         torch.testing.assert_close(logits[-n:], wanted, atol=1e-4, rtol=1e-4)
     counts = [min(n_last, len(row.ids)) for row in rows]
     tokens = greedy_tokens(model, rows, {}, counts)
-    assert tokens == [x[-n:].argmax(-1).tolist() for x, n in zip(found, counts, strict=True)]
+    assert tokens == [x[-n:].argmax(-1).tolist() for x, n in zip(all_logits, counts, strict=True)]

@@ -65,7 +65,7 @@ def at_each_change(do: Callable[[Callable[..., Any], Any], None]) -> None:
         setattr(os, name, watched(getattr(os, name)))
 
 
-def collect_to_be_killed(folder: Path, cache: Path, kill_at: int, go: Any, said: Any) -> None:
+def collect_to_be_killed(folder: Path, cache: Path, kill_at: int, go: Any, queue: Any) -> None:
     """SIGKILL at the n-th change of the disk, a write half done; says seconds and changes."""
     n_changes = 0
 
@@ -84,19 +84,21 @@ def collect_to_be_killed(folder: Path, cache: Path, kill_at: int, go: Any, said:
     go.wait()
     began = time.perf_counter()
     run_in_shards(model, cache)
-    said.put((time.perf_counter() - began, n_changes))
+    queue.put((time.perf_counter() - began, n_changes))
 
 
-def meet(place: Path, n: int) -> None:
+def meet(meeting_folder: Path, n: int) -> None:
     """Wait until n processes are here; by files, since a killed one would keep a barrier's lock."""
-    (place / str(os.getpid())).touch()
+    (meeting_folder / str(os.getpid())).touch()
     began = time.monotonic()
-    while len(list(place.iterdir())) < n:
+    while len(list(meeting_folder.iterdir())) < n:
         assert time.monotonic() - began < PATIENCE_SECONDS
         time.sleep(0.002)
 
 
-def collect_at_once(folder: Path, cache: Path, place: Path, n: int, stay: bool, said: Any) -> None:
+def collect_at_once(
+    folder: Path, cache: Path, meeting_folder: Path, n: int, stay: bool, queue: Any
+) -> None:
     """Collect, but end the first pass when n are in theirs, or, to `stay`, never; says tokens."""
     model, waited = load(folder), False
 
@@ -104,15 +106,15 @@ def collect_at_once(folder: Path, cache: Path, place: Path, n: int, stay: bool, 
         nonlocal waited
         if not waited:
             waited = True
-            meet(place, n)
+            meet(meeting_folder, n)
             time.sleep(PATIENCE_SECONDS if stay else 0)
 
     model.blocks[0].register_forward_pre_hook(wait)
     _, stats = run_in_shards(model, cache)
-    said.put(stats.tokens_forwarded)
+    queue.put(stats.tokens_forwarded)
 
 
-def collect_much(cache: Path, n_texts: int, said: Any) -> None:
+def collect_much(cache: Path, n_texts: int, queue: Any) -> None:
     """Says (bytes of all activations, peak bytes of memory)."""
     torch.set_num_threads(1)
     config = LlamaConfig(
@@ -126,7 +128,7 @@ def collect_much(cache: Path, n_texts: int, said: Any) -> None:
     texts = [f"{n} {TEXTS[n % 3]}" for n in range(n_texts)]
     store, _ = run(model, cache, WIDE, placed(texts), shard_rows=512, batch_tokens=1024)
     n_bytes = store.n_rows * len(WIDE) * 256 * 4
-    said.put((n_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    queue.put((n_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
 def collect_to_pass(folder: Path, cache: Path, last_pass: int, ready: Any, reported: Any) -> None:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import interpreters
-from tests.unit.reports import left
+from tests.unit.reports import run_outputs
 
 PATIENCE_SECONDS = 300
 """After which a process counts as one that hangs."""
@@ -35,7 +35,7 @@ _SPENT = ("seconds", "tokens_forwarded")
 """What a run took, which differs between equal runs."""
 
 
-class Said(NamedTuple):
+class CommandResult(NamedTuple):
     """Exit code (negative: the signal that ended it) and output of a command."""
 
     code: int
@@ -188,16 +188,16 @@ def small_disk(path: Path, kilobytes: int) -> Iterator[Disk]:
 # Commands
 
 
-def command(words: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None) -> Said:
+def command(words: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None) -> CommandResult:
     """`python -m saexp` in this process; an exception counts as a traceback and exit code 1."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (env or {}).items():
             patch.setenv(name, value)
         try:
-            said = left.command(cwd, *words)
+            result = run_outputs.command(cwd, *words)
         except Exception:
-            return Said(1, "", traceback.format_exc())
-    return Said(said.code, said.out, said.err)
+            return CommandResult(1, "", traceback.format_exc())
+    return CommandResult(result.code, result.out, result.err)
 
 
 class Started(NamedTuple):
@@ -206,7 +206,7 @@ class Started(NamedTuple):
     process: interpreters.Process
     began: float
 
-    def wait(self, seconds: float = PATIENCE_SECONDS) -> Said:
+    def wait(self, seconds: float = PATIENCE_SECONDS) -> CommandResult:
         """What it said in the end. Raises TimeoutError, and kills it, where it takes longer."""
         try:
             code = self.process.wait(seconds)
@@ -214,7 +214,7 @@ class Started(NamedTuple):
             self.process.kill()
             self.process.wait()
             raise TimeoutError(f"still running after {seconds} s: {self.read()}") from None
-        return Said(code, *self.read())
+        return CommandResult(code, *self.read())
 
     def read(self) -> tuple[str, str]:
         return self.process.read()
@@ -226,8 +226,8 @@ def start(words: Sequence[str], cwd: Path, env: Mapping[str, str | None] | None 
     Variables of `env` that are None are removed.
     """
     variables = {**os.environ, **(env or {})}
-    given = {name: value for name, value in variables.items() if value is not None}
-    process = interpreters.Process(["-m", "saexp", *words], cwd, given, ends_at_once=True)
+    environment = {name: value for name, value in variables.items() if value is not None}
+    process = interpreters.Process(["-m", "saexp", *words], cwd, environment, ends_at_once=True)
     return Started(process, time.monotonic())
 
 
@@ -310,10 +310,10 @@ def equal_up_to_rounding(one: Path, other: Path) -> bool:
     return True
 
 
-def one_line(said: Said, code: int = 1) -> str:
+def one_line(result: CommandResult, code: int = 1) -> str:
     """The message after `saexp: `: exit code `code`, one such line, no traceback."""
-    assert said.code == code, said
-    assert "Traceback" not in said.err, said.err
-    lines = [line for line in said.err.splitlines() if line.startswith("saexp: ")]
-    assert len(lines) == 1, said.err
+    assert result.code == code, result
+    assert "Traceback" not in result.err, result.err
+    lines = [line for line in result.err.splitlines() if line.startswith("saexp: ")]
+    assert len(lines) == 1, result.err
     return lines[0].removeprefix("saexp: ")

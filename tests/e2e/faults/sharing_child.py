@@ -45,7 +45,7 @@ def expected(number: int) -> list[float]:
     return [float(number)] * (number % 4)
 
 
-def work(cache_dir: Path, about: Work, said: Any) -> None:
+def work(cache_dir: Path, about: Work, queue: Any) -> None:
     """Says its process id, how many rows it computed, and whether all results are right."""
     results_cache.STALLED_SECONDS = about.stalled_seconds
     n_batches = 0
@@ -72,4 +72,4 @@ def work(cache_dir: Path, about: Work, said: Any) -> None:
             n_computed += len(batch.results) if batch.computed_here else 0
     cache.close()
     right = all(results[key].tolist() == expected(n) for key, n in items.items())
-    said.put((os.getpid(), n_computed, right and len(results) == len(items)))
+    queue.put((os.getpid(), n_computed, right and len(results) == len(items)))

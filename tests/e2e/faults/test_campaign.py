@@ -85,7 +85,7 @@ def test_the_campaign_notices_results_that_differ_and_work_that_is_done_again(sc
         f"{len(finished.rows)} rows computed, 0 were missing"
     )
     (cwd / "run" / "metrics.json").write_text("{}")
-    quiet = injection.Said(0, "", "")
+    quiet = injection.CommandResult(0, "", "")
     assert "rewritten: run/metrics.json" in scripts.attempts.computed_again(
         finished, cwd, whole, quiet
     )
@@ -118,8 +118,8 @@ def test_every_damage_changes_its_file_alike_for_a_seed(scripts, tmp_path, suffi
         left = []
         for _ in range(2):
             whole.write_bytes(before)
-            said = do(whole, 3)
-            left.append((said, whole.read_bytes() if whole.exists() else None))
+            description = do(whole, 3)
+            left.append((description, whole.read_bytes() if whole.exists() else None))
         assert left[0] == left[1]
         assert left[0][1] != before
 

@@ -31,17 +31,19 @@ N_STEPS = 10000 // 256
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(cache with the checkpoints of a training whose SAE found no room, an undisturbed run)."""
-    place = tmp_path_factory.mktemp("stopped")
-    words = [*WORDS, f"cache_dir={place}/cache"]
-    assert command([*words, f"hydra.run.dir={place}/whole"], place).code == 0
-    assert not list((place / "cache" / "training").glob("*/*")), "removed after a training"
-    with small_disk(place / "disk", 64):
-        message = one_line(command([*words, f"hydra.run.dir={place}/disk/run"], place))
-    assert message.startswith(f"disk full: {place}/disk/run/sae, ")
+    stopped_folder = tmp_path_factory.mktemp("stopped")
+    words = [*WORDS, f"cache_dir={stopped_folder}/cache"]
+    assert command([*words, f"hydra.run.dir={stopped_folder}/whole"], stopped_folder).code == 0
+    assert not list((stopped_folder / "cache" / "training").glob("*/*")), "removed after a training"
+    with small_disk(stopped_folder / "disk", 64):
+        message = one_line(
+            command([*words, f"hydra.run.dir={stopped_folder}/disk/run"], stopped_folder)
+        )
+    assert message.startswith(f"disk full: {stopped_folder}/disk/run/sae, ")
     assert "choose another hydra.run.dir=" in message
-    left = sorted(p.name for p in (place / "cache" / "training").glob("*/*"))
+    left = sorted(p.name for p in (stopped_folder / "cache" / "training").glob("*/*"))
     assert left == ["step_000000030", f"step_{N_STEPS:09d}"]
-    return place / "cache", place / "whole"
+    return stopped_folder / "cache", stopped_folder / "whole"
 
 
 FILES = ("weights.safetensors", "trainer_state.pt", "state.json", "checksums.json")
@@ -61,11 +63,11 @@ def test_a_damaged_checkpoint_never_makes_another_sae(
         for path in steps[:n_damaged]:
             damage(path / file, seed)
         words = [*WORDS, f"cache_dir={tmp_path}/cache", f"hydra.run.dir={tmp_path}/{seed}"]
-        said = command(words, tmp_path)
-        assert said.code == 0, said.err
+        result = command(words, tmp_path)
+        assert result.code == 0, result.err
         then = "continuing from step 30" if n_damaged == 1 else "starting from the beginning"
-        reports = [line for line in said.err.splitlines() if " is damaged (" in line]
-        assert len(reports) == n_damaged, said.err
+        reports = [line for line in result.err.splitlines() if " is damaged (" in line]
+        assert len(reports) == n_damaged, result.err
         assert all(line.endswith(f"); {then}") for line in reports)
         assert digests_of_results(tmp_path / str(seed)) == digests_of_results(whole)
 
@@ -81,9 +83,9 @@ def test_a_cache_without_room_for_checkpoints_costs_nothing_else(
         free = shutil.disk_usage(disk.path).free
         (disk.path / "ballast").write_bytes(bytes(free - 60_000))
         words = [*WORDS, f"cache_dir={disk.path}", f"hydra.run.dir={tmp_path}/run"]
-        said = command(words, tmp_path)
-        assert said.code == 0, said.err
-        reports = [line for line in said.err.splitlines() if "could not be written" in line]
-        assert len(reports) == 1, said.err
+        result = command(words, tmp_path)
+        assert result.code == 0, result.err
+        reports = [line for line in result.err.splitlines() if "could not be written" in line]
+        assert len(reports) == 1, result.err
         assert "checkpoint at step 15 could not be written (disk full: " in reports[0]
     assert digests_of_results(tmp_path / "run") == digests_of_results(whole)

@@ -60,16 +60,16 @@ def test_kills_at_random_instants_leave_sound_shards_and_a_resume_ends_in_equal_
     def collect_in_child(cache, kill_at=0, share=None):
         """Killed at a change of the disk, or after a share of an undisturbed run's time."""
         go = server.Event()
-        process, said = start(server, child.collect_to_be_killed, folder, cache, kill_at, go)
+        process, queue = start(server, child.collect_to_be_killed, folder, cache, kill_at, go)
         go.set()
         if share is not None:
             time.sleep(share * seconds)
             process.kill()
-        return end(process), said
+        return end(process), queue
 
-    code, said = collect_in_child(tmp_path / "undisturbed")
+    code, queue = collect_in_child(tmp_path / "undisturbed")
     assert code == 0
-    seconds, n_changes = said.get()
+    seconds, n_changes = queue.get()
     rng, n_kills, n_listed, caches = random.Random(0), 0, [], [tmp_path / "0"]
     while n_kills < N_KILLS:
         by_time = n_kills % 2 == 0
@@ -111,13 +111,13 @@ def test_no_temporary_file_is_left_after_the_resume_of_a_killed_collection(
 @pytest.fixture()
 def start_writers(server, folder, tmp_path):
     """Starts writers on one store that stay in their first pass until so many processes meet."""
-    place = tmp_path / "meeting"
-    place.mkdir()
+    meeting_folder = tmp_path / "meeting"
+    meeting_folder.mkdir()
 
     def begin(n_meet, stays):
         cache = tmp_path / "cache"
-        return place, [
-            start(server, child.collect_at_once, folder, cache, place, n_meet, stay)
+        return meeting_folder, [
+            start(server, child.collect_at_once, folder, cache, meeting_folder, n_meet, stay)
             for stay in stays
         ]
 
@@ -130,7 +130,7 @@ def test_writers_at_once_share_the_work_and_compute_no_shard_twice(
     expected, tokens = undisturbed
     _, writers = start_writers(3, [False] * 3)
     assert [end(process) for process, _ in writers] == [0] * 3
-    shares = [said.get() for _, said in writers]
+    shares = [queue.get() for _, queue in writers]
     assert min(shares) > 0
     assert sum(shares) == tokens
     assert digests_in(tmp_path / "cache") == expected
@@ -140,12 +140,12 @@ def test_the_shard_of_a_killed_writer_is_taken_over_by_another(
     undisturbed, start_writers, tmp_path
 ):
     expected, tokens = undisturbed
-    place, ((stuck, _), *others) = start_writers(4, [True, False, False])
-    child.meet(place, 4)
+    meeting_folder, ((stuck, _), *others) = start_writers(4, [True, False, False])
+    child.meet(meeting_folder, 4)
     stuck.kill()
     assert end(stuck) == -signal.SIGKILL
     assert [end(process) for process, _ in others] == [0, 0]
-    assert sum(said.get() for _, said in others) == tokens
+    assert sum(queue.get() for _, queue in others) == tokens
     assert digests_in(tmp_path / "cache") == expected
 
 
@@ -153,8 +153,8 @@ def test_a_writer_waits_for_the_shard_of_one_that_is_slow_and_takes_it_over_when
     undisturbed, start_writers, tmp_path
 ):
     expected, tokens = undisturbed
-    place, ((stuck, _), (other, said)) = start_writers(3, [True, False])
-    child.meet(place, 3)
+    meeting_folder, ((stuck, _), (other, queue)) = start_writers(3, [True, False])
+    child.meet(meeting_folder, 3)
     (manifest,) = (tmp_path / "cache" / "activations").glob("*/manifest.json")
     n_shards, began = n_shard_files(expected) // len(POSTS), time.monotonic()
     while set(map(len, json.loads(manifest.read_text())["hookpoints"].values())) != {n_shards - 1}:
@@ -164,7 +164,7 @@ def test_a_writer_waits_for_the_shard_of_one_that_is_slow_and_takes_it_over_when
     assert other.is_alive(), "it waits"
     stuck.kill()
     assert end(other) == 0
-    assert said.get() == tokens
+    assert queue.get() == tokens
     assert digests_in(tmp_path / "cache") == expected
 
 
@@ -242,7 +242,7 @@ def test_a_store_that_another_process_reads_stays_until_that_is_killed(folder, t
             assert time.monotonic() - began < PATIENCE_SECONDS
             time.sleep(0.01)
         user = f"pid {reader.pid} on {files._host()}"
-        assert prune().kept == {store.path.name: f"in use by {user}"}
+        assert prune().skipped == {store.path.name: f"in use by {user}"}
         assert ActivationStore.open(store.path, verify=True).missing(POSTS) == {}
     finally:
         reader.kill()

@@ -168,21 +168,21 @@ def test_a_file_that_was_deleted_or_replaced_is_opened_again(tmp_path: Path) -> 
     cache.close()
 
 
-def read_damaged(cache_dir: Path, go: Any, said: Any) -> None:
+def read_damaged(cache_dir: Path, go: Any, queue: Any) -> None:
     go.wait()
     cache = ResultCache(cache_dir, {})
-    said.put(len(cache.get(KEYS)))
+    queue.put(len(cache.get(KEYS)))
     cache.close()
 
 
 def test_processes_that_find_the_same_damage_rebuild_it_once(tmp_path: Path) -> None:
     damage(stored(tmp_path))
     context = server()
-    go, said = context.Event(), context.Queue()
+    go, queue = context.Event(), context.Queue()
     for _ in range(4):
-        context.Process(target=read_damaged, args=(tmp_path, go, said), daemon=True).start()
+        context.Process(target=read_damaged, args=(tmp_path, go, queue), daemon=True).start()
     go.set()
-    assert [said.get(timeout=PATIENCE_SECONDS) for _ in range(4)] == [N_ROWS] * 4
+    assert [queue.get(timeout=PATIENCE_SECONDS) for _ in range(4)] == [N_ROWS] * 4
     assert len(list(tmp_path.glob("*.damaged-*"))) == 1
 
 

@@ -25,7 +25,7 @@ from tests.e2e.faults.injection import (
     wrong_shape,
 )
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.left import body_of
+from tests.unit.reports.run_outputs import body_of
 
 SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "dataset.n_examples=20"]
 SMALL += ["analyzer.n_background=200", FEW_NEUTRAL]
@@ -79,9 +79,9 @@ def damaged(path: Path) -> Iterator[str]:
     content = path.read_bytes()
     of_json = (edit_json_number,) if path.suffix == ".json" else ()
     for damage in (*DAMAGES, *of_json):
-        said = damage(path, 3)
+        description = damage(path, 3)
         if not path.is_file() or path.read_bytes() != content:
-            yield f"{path.name}: {said}"
+            yield f"{path.name}: {description}"
         path.write_bytes(content)
     for shape in SHAPES if path.suffix == ".json" else ():
         path.write_text(shape)
@@ -104,10 +104,10 @@ def test_a_run_is_not_reused_with_any_damage_to_any_file(
             if damage.endswith(f"{run.index.name}: deleted"):
                 assert caplog.messages == []
                 continue
-            (said,) = caplog.messages
-            assert file.name in said, damage
-            assert "is not reused: " in said
-            assert said.endswith("; computing it again")
+            (message,) = caplog.messages
+            assert file.name in message, damage
+            assert "is not reused: " in message
+            assert message.endswith("; computing it again")
     caplog.clear()
     earlier = finished.find_finished(run.cfg, run.key)
     assert earlier is not None and earlier.folder == run.folder
@@ -134,10 +134,10 @@ def test_a_damaged_run_is_computed_again_with_equal_results(run: Done, tmp_path:
     files = [run.folder / n for n in ("metrics.json", "provenance.json", "latents.parquet")]
     for number, file in enumerate([*files, run.index]):
         content = file.read_bytes()
-        said = next(damages)(file, number)
+        description = next(damages)(file, number)
         again = saexp.run(run.cfg, tmp_path / f"again{number}")
-        assert not any(note.startswith("reused") for note in again.notes), said
-        assert digests_of_results(tmp_path / f"again{number}") == expected, said
+        assert not any(note.startswith("reused") for note in again.notes), description
+        assert digests_of_results(tmp_path / f"again{number}") == expected, description
         file.write_bytes(content)
         finished._index(run.cfg, run.index, run.folder)
 
@@ -215,8 +215,8 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two cells of a sweep."""
     root = tmp_path_factory.mktemp("swept")
     words = ["-m", "layer=1,2", *SMALL, "cache_dir=cache", "hydra.sweep.dir=sweep"]
-    said = command(words, root)
-    assert said.code == 0, said.err
+    result = command(words, root)
+    assert result.code == 0, result.err
     return root
 
 
@@ -255,17 +255,17 @@ def test_a_sweep_with_damaged_cells_is_computed_again(swept: Path) -> None:
     expected = {cell.name: digests_of_results(cell) for cell in cells}
     names = ("metrics.json", "latents.parquet")
     damages = (edit_json_number, flip_byte)
-    said = [
+    descriptions = [
         damage(cell / name, number)
         for number, (cell, name, damage) in enumerate(zip(cells, names, damages, strict=True))
     ]
     again = command(words, swept)
-    assert again.code == 0 and "Traceback" not in again.err, said
-    assert "sweep: 2 cells: 2 finished" in again.out, said
+    assert again.code == 0 and "Traceback" not in again.err, descriptions
+    assert "sweep: 2 cells: 2 finished" in again.out, descriptions
     reasons = [line for line in again.err.splitlines() if "is not reused: " in line]
     assert len(reasons) == 2, again.err
     for cell, name in zip(cells, names, strict=True):
         (reason,) = [line for line in reasons if cell.name in line]
         assert name in reason
     again_cells = (swept / "again").glob("[01]_*")
-    assert {c.name: digests_of_results(c) for c in again_cells} == expected, said
+    assert {c.name: digests_of_results(c) for c in again_cells} == expected, descriptions

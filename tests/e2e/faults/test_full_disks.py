@@ -54,10 +54,12 @@ def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 
     @lru_cache
     def folder(task: str) -> Path:
-        place = tmp_path_factory.mktemp(f"whole_{task}")
-        said = command([*TASKS[task], f"cache_dir={cache}", f"{option_of(task)}{place}"], place)
-        assert said.code == 0, said.err
-        return place
+        run_folder = tmp_path_factory.mktemp(f"whole_{task}")
+        result = command(
+            [*TASKS[task], f"cache_dir={cache}", f"{option_of(task)}{run_folder}"], run_folder
+        )
+        assert result.code == 0, result.err
+        return run_folder
 
     return folder
 
@@ -83,17 +85,17 @@ def test_a_disk_that_fills_at_any_stage_is_one_line(
         for kilobytes in sizes:
             shutil.rmtree(folder, ignore_errors=True)
             disk.resize(kilobytes)
-            said = command([*words, f"{option}{folder}"], tmp_path)
-            message = one_line(said)
+            result = command([*words, f"{option}{folder}"], tmp_path)
+            message = one_line(result)
             assert message.startswith(f"disk full: {folder}"), message
             assert f"choose another {option}" in message or "hydra.sweep.dir= of a" in message
-            assert "Logging error" not in said.err
+            assert "Logging error" not in result.err
             assert not list(disk.path.rglob(".tmp-*"))
             messages.add(message.split(" ")[2])
         assert len(messages) >= 2, messages
         disk.resize(ROOM)
-        said = command([*words, f"{option}{folder}"], tmp_path)
-        assert said.code == 0, said.err
+        result = command([*words, f"{option}{folder}"], tmp_path)
+        assert result.code == 0, result.err
         assert digests_of_results(folder) == digests_of_results(whole(task))
 
 

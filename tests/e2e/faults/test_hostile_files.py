@@ -74,9 +74,9 @@ def test_hostile_pickles_are_not_run(model: Path, tmp_path: Path) -> None:
     (tmp_path / "trainer/config.json").write_text(json.dumps({"trainer": about}))
     message = line(tmp_path, "sae=local", "sae.path=trainer", "layer=2")
     assert message.startswith("trainer/ae.pt is not a plain file of tensors (")
-    place = tmp_path / "layer_2/params.npz"
-    place.parent.mkdir()
-    np.savez(place, W_enc=np.array([Hostile(proof)], dtype=object))
+    file = tmp_path / "layer_2/params.npz"
+    file.parent.mkdir()
+    np.savez(file, W_enc=np.array([Hostile(proof)], dtype=object))
     npz = ("sae=local", "sae.path=layer_2/params.npz", "layer=2", "sae.stream=resid_post")
     assert "is not an npz file of plain arrays (" in line(tmp_path, *npz)
     (model / "model.safetensors").unlink()

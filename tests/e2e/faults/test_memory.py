@@ -35,9 +35,9 @@ def server():
 def test_memory_of_a_collection_does_not_grow_with_the_rows(server, tmp_path):
     n_bytes, peak = {}, {}
     for n_texts in (200, 800):
-        process, said = start(server, child.collect_much, tmp_path / str(n_texts), n_texts)
+        process, queue = start(server, child.collect_much, tmp_path / str(n_texts), n_texts)
         assert end(process) == 0
-        n_bytes[n_texts], peak[n_texts] = said.get()
+        n_bytes[n_texts], peak[n_texts] = queue.get()
     # Were they all held, the peak would be about a third higher.
     assert n_bytes[800] - n_bytes[200] > 0.25 * peak[200]
     assert peak[800] < 1.1 * peak[200]

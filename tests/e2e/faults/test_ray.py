@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.reports.left import assert_links_lead_to_reports, table_of
+from tests.unit.reports.run_outputs import assert_links_lead_to_reports, table_of
 
 ROOT = Path(__file__).parents[3]
 PACKAGES = ("ray", "hydra_plugins.hydra_ray_launcher")

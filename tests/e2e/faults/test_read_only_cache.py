@@ -16,17 +16,17 @@ def test_results_with_a_read_only_cache_are_those_of_any_other(task: str, tmp_pa
     words = EVALUATE if task == "evaluate" else TASKS[task]
     writable, locked = tmp_path / "writable", tmp_path / "locked"
     locked.mkdir()
-    said = command([*words, f"cache_dir={writable}", f"hydra.run.dir={tmp_path}/whole"], tmp_path)
-    assert said.code == 0, said.err
+    result = command([*words, f"cache_dir={writable}", f"hydra.run.dir={tmp_path}/whole"], tmp_path)
+    assert result.code == 0, result.err
     whole = digests_of_results(tmp_path / "whole")
     for cache in (locked, writable):
         before = sorted(cache.rglob("*"))
         run = tmp_path / f"run_{cache.name}"
         with read_only(cache):
-            said = command([*words, f"cache_dir={cache}", f"hydra.run.dir={run}"], tmp_path)
-            assert said.code == 0, said.err
+            result = command([*words, f"cache_dir={cache}", f"hydra.run.dir={run}"], tmp_path)
+            assert result.code == 0, result.err
             warning = f"cache_dir={cache} is not writable: what this run computes is not stored"
-            assert said.err.count(warning) == 1, said.err
-            assert said.err.count("Read-only file system") == 1, said.err
+            assert result.err.count(warning) == 1, result.err
+            assert result.err.count("Read-only file system") == 1, result.err
         assert digests_of_results(run) == whole
         assert sorted(cache.rglob("*")) == before

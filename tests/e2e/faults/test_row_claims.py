@@ -24,9 +24,9 @@ class Processes:
 
     def __init__(self, cache_dir: Path, *works: Work) -> None:
         context = server()
-        self.said = context.Queue()
+        self.queue = context.Queue()
         self.all = [
-            context.Process(target=work, args=(cache_dir, about, self.said), daemon=True)
+            context.Process(target=work, args=(cache_dir, about, self.queue), daemon=True)
             for about in works
         ]
         for process in self.all:
@@ -34,7 +34,7 @@ class Processes:
 
     def reports(self, n: int) -> dict[int, int]:
         """Rows computed by process id, of the first n that end; all have the right results."""
-        reports = [self.said.get(timeout=PATIENCE_SECONDS) for _ in range(n)]
+        reports = [self.queue.get(timeout=PATIENCE_SECONDS) for _ in range(n)]
         assert all(right for _, _, right in reports)
         return {pid: n_computed for pid, n_computed, _ in reports}
 

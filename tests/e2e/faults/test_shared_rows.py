@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.faults.injection import (
     PATIENCE_SECONDS,
-    Said,
+    CommandResult,
     Started,
     digests_of_results,
     equal_up_to_rounding,
@@ -38,8 +38,8 @@ def started(cache_dir: Path, folder: Path) -> Started:
     return start(words, folder)
 
 
-def n_computed(said: Said) -> int:
-    return sum(map(int, re.findall(r"rows, (\d+) computed", said.out + said.err)))
+def n_computed(result: CommandResult) -> int:
+    return sum(map(int, re.findall(r"rows, (\d+) computed", result.out + result.err)))
 
 
 def n_stored(cache_dir: Path) -> int:
@@ -54,9 +54,9 @@ def n_stored(cache_dir: Path) -> int:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """The folder of a run alone, and how many rows it computed."""
     folder = tmp_path_factory.mktemp("alone")
-    said = started(folder / "cache", folder / "1").wait()
-    assert said.code == 0, said
-    return folder / "1" / "run", n_computed(said)
+    result = started(folder / "cache", folder / "1").wait()
+    assert result.code == 0, result
+    return folder / "1" / "run", n_computed(result)
 
 
 def assert_equal_results(folder: Path, expected_folder: Path) -> None:
@@ -71,11 +71,11 @@ def assert_equal_results(folder: Path, expected_folder: Path) -> None:
 def test_equal_runs_at_once_compute_each_row_once(undisturbed, tmp_path):
     expected_folder, n_rows = undisturbed
     runs = [started(tmp_path / "cache", tmp_path / str(i)) for i in range(2)]
-    said = [run.wait() for run in runs]
-    assert [s.code for s in said] == [0, 0], said
+    results = [run.wait() for run in runs]
+    assert [s.code for s in results] == [0, 0], results
     for i in range(2):
         assert_equal_results(tmp_path / str(i) / "run", expected_folder)
-    assert sum(map(n_computed, said)) == n_rows
+    assert sum(map(n_computed, results)) == n_rows
 
 
 def test_rows_of_a_killed_run_are_computed_by_the_other(undisturbed, tmp_path):

@@ -15,7 +15,7 @@ from saexp.models.resolution import ASSETS
 from tests import interpreters
 from tests.e2e.faults.injection import (
     PATIENCE_SECONDS,
-    Said,
+    CommandResult,
     command,
     digests_of_results,
     kill_after,
@@ -23,7 +23,7 @@ from tests.e2e.faults.injection import (
     start,
 )
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.left import table_of
+from tests.unit.reports.run_outputs import table_of
 
 SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
 SMALL += [
@@ -34,7 +34,7 @@ SMALL += [
 ]
 SMALL += ["intervention.top_k=1", "intervention.n_choice_prompts=4", "intervention.n_neutral=2"]
 SMALL += ["dataset.n_examples=40"]
-KEPT = "what was collected is kept, and the same command continues from there"
+RESUMABLE = "what was collected is kept, and the same command continues from there"
 N_STOPS = 2
 
 
@@ -43,10 +43,10 @@ def assert_nothing_is_left_open(folder: Path) -> None:
     assert not left
 
 
-def run_to_the_end(words: Sequence[str], cwd: Path) -> Said:
-    said = start(words, cwd).wait()
-    assert said.code == 0, said.err[-2000:]
-    return said
+def run_to_the_end(words: Sequence[str], cwd: Path) -> CommandResult:
+    result = start(words, cwd).wait()
+    assert result.code == 0, result.err[-2000:]
+    return result
 
 
 @pytest.mark.slow
@@ -60,17 +60,17 @@ def test_sigterm_at_random_moments_of_a_run_costs_nothing_that_was_finished(tmp_
     seconds, expected = time.monotonic() - began, digests_of_results(alone / "run")
     rng, n_stopped = random.Random(0), 0
     for n in range(N_STOPS):
-        (place := tmp_path / str(n)).mkdir()
-        started = start(words, place)
+        (folder := tmp_path / str(n)).mkdir()
+        started = start(words, folder)
         kill_after(started, seconds * (n + rng.random()) / N_STOPS, signal.SIGTERM)
-        said = started.wait()
-        if said.code:
-            assert one_line(said, 128 + signal.SIGTERM) == f"stopped by SIGTERM; {KEPT}"
+        result = started.wait()
+        if result.code:
+            assert one_line(result, 128 + signal.SIGTERM) == f"stopped by SIGTERM; {RESUMABLE}"
             n_stopped += 1
-        assert_nothing_is_left_open(place)
-        run_to_the_end(words, place)
-        assert digests_of_results(place / "run") == expected
-        assert not (place / "run/error.txt").exists()
+        assert_nothing_is_left_open(folder)
+        run_to_the_end(words, folder)
+        assert digests_of_results(folder / "run") == expected
+        assert not (folder / "run/error.txt").exists()
     assert n_stopped > 0
 
 
@@ -87,7 +87,7 @@ def test_a_sweep_whose_terminal_is_closed_has_its_page(tmp_path: Path) -> None:
         assert time.monotonic() < end
         time.sleep(0.02)
     kill_after(started, 0, signal.SIGHUP)
-    assert one_line(started.wait(), 128 + signal.SIGHUP) == f"stopped by SIGHUP; {KEPT}"
+    assert one_line(started.wait(), 128 + signal.SIGHUP) == f"stopped by SIGHUP; {RESUMABLE}"
     table = table_of(tmp_path / "sweep")
     assert table["status"].tolist() == ["finished", "stopped", "not run"]
     assert (tmp_path / "sweep/sweep.html").is_file()
@@ -97,10 +97,12 @@ def test_a_sweep_whose_terminal_is_closed_has_its_page(tmp_path: Path) -> None:
 def processes_in(cwd: Path) -> set[int]:
     """Processes that run in a folder, as their children do where they do not leave it."""
     ids = set()
-    for place in Path("/proc").glob("[0-9]*"):
+    for process_folder in Path("/proc").glob("[0-9]*"):
         try:
-            if Path(os.readlink(place / "cwd")) == cwd and "Z" not in state(place):
-                ids.add(int(place.name))
+            if Path(os.readlink(process_folder / "cwd")) == cwd and "Z" not in state(
+                process_folder
+            ):
+                ids.add(int(process_folder.name))
         except OSError:
             # It ended in between.
             continue
@@ -138,7 +140,7 @@ def test_a_stopped_joblib_sweep_leaves_no_worker_and_finished_cells_as_the_basic
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 143, err[-2000:]
-    assert err.splitlines()[-1] == f"saexp: stopped by SIGTERM; {KEPT}"
+    assert err.splitlines()[-1] == f"saexp: stopped by SIGTERM; {RESUMABLE}"
     assert "Traceback" not in err
     assert "sweep: 4 cells: 2 finished, 2 stopped" in out.splitlines()
     assert (tmp_path / "sweep/sweep.html").is_file()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests import interpreters
-from tests.e2e.faults.injection import Said, digests_of_results, one_line
+from tests.e2e.faults.injection import CommandResult, digests_of_results, one_line
 from tests.e2e.faults.wandb_server import (
     EMPTY,
     ERROR,
@@ -28,7 +28,7 @@ from tests.e2e.faults.wandb_server import (
     wandb_server,
 )
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.left import _wandb_run
+from tests.unit.reports.run_outputs import _wandb_run
 
 FIXED = ["intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0", FEW_NEUTRAL]
 FIXED += ["cache_dir=../cache", "hydra.run.dir=.", "hydra.sweep.dir=sweep"]
@@ -62,8 +62,8 @@ Case = tuple[str, str | None, tuple[str, ...]]
 class Ended(NamedTuple):
     """A run that has ended."""
 
-    said: Said
-    place: Path
+    result: CommandResult
+    folder: Path
     waited: float
     """Seconds, see `ended`."""
     requests: list[str]
@@ -78,30 +78,30 @@ class Runs:
         _, expected, self.waited = self.run({}, "tracker=none")
         self.expected = digests_of_results(expected)
 
-    def run(self, env: Mapping[str, str], *words: str) -> tuple[Said, Path, float]:
+    def run(self, env: Mapping[str, str], *words: str) -> tuple[CommandResult, Path, float]:
         """A command that ends as one that a shell starts, with Python's handlers at exit."""
-        place = self._place()
-        said, waited = ended(process_of(("-m", "saexp", *words, *FIXED), place, env))
-        return said, place, waited
+        folder = self._new_folder()
+        result, waited = ended(process_of(("-m", "saexp", *words, *FIXED), folder, env))
+        return result, folder, waited
 
     def with_server(self, mode: str, later: str | None, words: tuple[str, ...]) -> Ended:
         """A run whose server answers so."""
         with wandb_server(mode, later) as server:
-            said, place, waited = self.run(environment(server), *words)
-            return Ended(said, place, waited, list(server.requests))
+            result, folder, waited = self.run(environment(server), *words)
+            return Ended(result, folder, waited, list(server.requests))
 
     def session(self, mode: str, later: str | None, words: tuple[str, ...]) -> Ended:
         """What a run does with its tracker, and nothing else."""
-        place = self._place()
+        place = self._new_folder()
         with wandb_server(mode, later) as server:
             process = process_of(("-c", SESSION, *words), place, environment(server))
             said, waited = ended(process)
             return Ended(said, place, waited, list(server.requests))
 
-    def _place(self) -> Path:
-        place = self.folder / f"run{next(self._numbers)}"
-        place.mkdir()
-        return place
+    def _new_folder(self) -> Path:
+        folder = self.folder / f"run{next(self._numbers)}"
+        folder.mkdir()
+        return folder
 
 
 SESSION = """
@@ -129,7 +129,7 @@ def process_of(words: Sequence[str], place: Path, env: Mapping[str, str]) -> int
     return interpreters.Process(words, place, {**variables, **env})
 
 
-def ended(process: interpreters.Process, limit: float = 240) -> tuple[Said, float]:
+def ended(process: interpreters.Process, limit: float = 240) -> tuple[CommandResult, float]:
     """What a process said, and how many seconds of its time its main thread waited for something.
 
     Computing, and being ready to while other processes have the cores, is not waiting. Systems
@@ -146,7 +146,7 @@ def ended(process: interpreters.Process, limit: float = 240) -> tuple[Said, floa
         if time.monotonic() > began + limit:
             process.kill()
             raise TimeoutError(f"still running after {limit} s: {process.read()}")
-    return Said(code, *process.read()), time.monotonic() - began - active
+    return CommandResult(code, *process.read()), time.monotonic() - began - active
 
 
 @pytest.fixture(scope="module")
@@ -172,12 +172,12 @@ def environment(server: Server) -> dict[str, str]:
     return env
 
 
-def recorded(place: Path) -> list[Path]:
-    return sorted(place.rglob("*run-*/*.wandb"))
+def recorded(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*run-*/*.wandb"))
 
 
-def hints(said: Said) -> list[str]:
-    return re.findall(r"wandb sync (\S+)", said.out + said.err)
+def hints(result: CommandResult) -> list[str]:
+    return re.findall(r"wandb sync (\S+)", result.out + result.err)
 
 
 def check_outage(run: Ended, mode: str, least_waited: float) -> None:
@@ -209,49 +209,49 @@ def test_a_whole_run_is_as_without_a_tracker_where_the_server_hangs(
 ) -> None:
     run = started(HANG, None, ONLINE)
     check_outage(run, HANG, runs.waited)
-    results = digests_of_results(run.place)
+    results = digests_of_results(run.folder)
     assert {k: v for k, v in results.items() if "wandb/" not in k} == runs.expected
 
 
 @pytest.mark.parametrize("mode", [GOOD, SLOW])
 def test_a_server_that_answers_needs_no_hint(started: Callable[..., Ended], mode: str) -> None:
     """However long the upload takes."""
-    said, place, _, requests = started(mode, None, ("online",))
-    assert said.code == 0, said
-    assert not hints(said)
-    assert "saexp.tracking.wandb][WARNING" not in said.out + said.err
+    result, folder, _, requests = started(mode, None, ("online",))
+    assert result.code == 0, result
+    assert not hints(result)
+    assert "saexp.tracking.wandb][WARNING" not in result.out + result.err
     assert any("media/table/tables/latents" in path for path in requests)
-    assert _wandb_run(recorded(place)[0])["exit_code"] == 0
+    assert _wandb_run(recorded(folder)[0])["exit_code"] == 0
 
 
 def test_a_refused_key_is_one_line_before_any_work(started: Callable[..., Ended]) -> None:
-    said, place, _, _ = started(UNAUTHORIZED, None, ONLINE)
-    message = one_line(said)
+    result, folder, _, _ = started(UNAUTHORIZED, None, ONLINE)
+    message = one_line(result)
     assert message.startswith(
         "tracker=wandb: W&B refuses the run (HTTP 401: user is not logged in)"
     )
-    assert not (place / "metrics.json").exists()
+    assert not (folder / "metrics.json").exists()
 
 
 def test_a_sweep_waits_for_an_unreachable_server_once(started: Callable[..., Ended]) -> None:
-    said, place, _, requests = started(HANG, None, SWEEP)
-    assert said.code == 0, said
-    assert "2 finished" in said.out
-    assert (said.out + said.err).count("W&B does not answer") == 1
+    result, folder, _, requests = started(HANG, None, SWEEP)
+    assert result.code == 0, result
+    assert "2 finished" in result.out
+    assert (result.out + result.err).count("W&B does not answer") == 1
     assert requests.count("/graphql") == 1
     # Two cells and the sweep's own run, which one command uploads.
-    offline = [f.parent for f in recorded(place) if f.parent.name.startswith("offline-")]
-    (hint,) = hints(said)
+    offline = [f.parent for f in recorded(folder) if f.parent.name.startswith("offline-")]
+    (hint,) = hints(result)
     assert len(offline) == 3
-    assert sorted(place.glob(hint)) == sorted(offline)
+    assert sorted(folder.glob(hint)) == sorted(offline)
 
 
 def test_offline_by_configuration_gives_no_hint(started: Callable[..., Ended]) -> None:
-    said, place, _, requests = started(HANG, None, ("offline",))
-    assert said.code == 0, said
+    result, folder, _, requests = started(HANG, None, ("offline",))
+    assert result.code == 0, result
     assert requests == []
-    assert not hints(said)
-    assert len(recorded(place)) == 1
+    assert not hints(result)
+    assert len(recorded(folder)) == 1
 
 
 LOGGING = """
@@ -294,21 +294,21 @@ def logged(
 ) -> tuple[subprocess.CompletedProcess[str], Path]:
     """The script in a process of its own, while the server hangs once the run has begun; and the
     folder that it logged to."""
-    place = folder / str(exit_code)
-    place.mkdir()
-    words = ["-c", script, str(place), str(exit_code), str(n_steps)]
+    run_folder = folder / str(exit_code)
+    run_folder.mkdir()
+    words = ["-c", script, str(run_folder), str(exit_code), str(n_steps)]
     with wandb_server(GOOD, HANG) as server:
         env = {**os.environ, "WANDB_MODE": "online", **environment(server)}
-        return interpreters.run(words, env=env), place
+        return interpreters.run(words, env=env), run_folder
 
 
 def test_neither_logging_nor_the_end_of_the_process_waits_for_a_server_that_hangs(
     started: Callable[..., Any],
 ) -> None:
-    process, place = started(*SCRIPTS[1])
+    process, folder = started(*SCRIPTS[1])
     assert process.returncode == 0, process.stderr
     assert float(process.stdout) < DELAY_SECONDS
-    offline = next(f for f in recorded(place) if f.parent.name.startswith("offline-"))
+    offline = next(f for f in recorded(folder) if f.parent.name.startswith("offline-"))
     assert {"tables/t2/nrows", "figures/f2/path"} <= _wandb_run(offline)["keys"]
 
 

@@ -77,9 +77,9 @@ def train_in_bounds(folder: Path, reported: Any) -> None:
     ]
     # Imports all that a training imports, and tokenizes.
     saexp.run(saexp.compose([*words, "sae_trainer.n_samples=8192"]), folder / "first")
-    (place,) = (p.parent for p in (folder / "cache").rglob(TOKENS))
-    _enlarge(place)
-    corpus = Corpus.open(place)
+    (tokens_folder,) = (p.parent for p in (folder / "cache").rglob(TOKENS))
+    _enlarge(tokens_folder)
+    corpus = Corpus.open(tokens_folder)
     # What the first training has freed and not returned to the system would add to the bound.
     ctypes.CDLL(None).malloc_trim(0)
     limit = _data_bytes() + BOUND
@@ -87,7 +87,7 @@ def train_in_bounds(folder: Path, reported: Any) -> None:
     # One held-out context: its activations and logits are in memory.
     options = [f"sae_trainer.n_samples={N_SAMPLES}", "sae_trainer.held_out=0.00001"]
     metrics = saexp.run(saexp.compose([*words, *options]), folder / "bounded").metrics
-    kept: list[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
     reported.put(
         {
             "corpus_tokens": corpus.n_tokens,
@@ -95,7 +95,7 @@ def train_in_bounds(folder: Path, reported: Any) -> None:
             "explained_variance": metrics["reconstruction/explained_variance"],
             "no_memory_for_corpus": _fails(lambda: np.array(corpus._tokens)),
             "no_memory_for_activations": _fails(
-                lambda: kept.extend(torch.ones(1024, 128) for _ in range(N_SAMPLES // 1024))
+                lambda: tensors.extend(torch.ones(1024, 128) for _ in range(N_SAMPLES // 1024))
             ),
         }
     )

@@ -44,8 +44,8 @@ def few(**other: int) -> list[str]:
 
     `n_examples=14` and the like are other numbers than the fewest.
     """
-    named = {key.rpartition(".")[2]: key for key in _FEW}
-    return [f"{k}={v}" for k, v in {**_FEW, **{named[n]: v for n, v in other.items()}}.items()]
+    full_keys = {key.rpartition(".")[2]: key for key in _FEW}
+    return [f"{k}={v}" for k, v in {**_FEW, **{full_keys[n]: v for n, v in other.items()}}.items()]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Said:
+class CommandResult:
     """What a command printed, and its exit code."""
 
     code: int
@@ -91,7 +91,7 @@ class Terminal:
         long = map(" ".join, zip(lines[8:28:2], lines[9:28:2], strict=True))
         (folder / "long.txt").write_text("\n".join(long), encoding="utf-8")
 
-    def type(self, words: str | Sequence[str], *more: str) -> Said:
+    def type(self, words: str | Sequence[str], *more: str) -> CommandResult:
         """Run `python -m saexp …` with words added to it."""
         words = shlex.split(words) if isinstance(words, str) else words
         assert list(words[:3]) == ["python", "-m", "saexp"]
@@ -110,7 +110,7 @@ class Terminal:
                 main()
             except SystemExit as stop:
                 code = int(stop.code or 0)
-        return Said(code, out.getvalue(), err.getvalue())
+        return CommandResult(code, out.getvalue(), err.getvalue())
 
     def _reading(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def reading(embedding: nn.Embedding, ids: Tensor) -> Tensor:
@@ -126,9 +126,9 @@ class Terminal:
     def run(self, name: str, words: str | Sequence[str], *more: str) -> Run:
         """A command that must succeed, in a folder of this name (of a sweep, the sweep's)."""
         words = shlex.split(words) if isinstance(words, str) else words
-        place = "hydra.sweep.dir" if "-m" in words[3:] else "hydra.run.dir"
-        said = self.type(words, *more, f"{place}={name}")
-        assert said.code == 0, said.err[-2000:]
+        folder_option = "hydra.sweep.dir" if "-m" in words[3:] else "hydra.run.dir"
+        result = self.type(words, *more, f"{folder_option}={name}")
+        assert result.code == 0, result.err[-2000:]
         return Run(self.folder / name)
 
     def tokenizer(self, repo: str) -> Any:

@@ -81,22 +81,22 @@ def test_entity_recognition_on_the_chat_model(user: Terminal) -> None:
     # One of its four layers, which takes a fourth of the time.
     words = ["LAYERS=13" if word.startswith("LAYERS=") else word for word in words]
     layers = user.script(words, few())[0]
-    said = user.type(layers)
-    assert said.code == 0, said.err[-2000:]
+    result = user.type(layers)
+    assert result.code == 0, result.err[-2000:]
     table = Run(user.folder / "runs/layers").table("sweep")
     assert table["status"].tolist() == ["finished"]
     cell = table.set_index("layer").loc[13, "folder"]
     latents = Run(user.folder / "runs/layers" / str(cell)).table("latents")
     often = latents.assign(n=latents["freq_known"] + latents["freq_unknown"]).nlargest(2, "n")
     # A random model knows nothing, so nothing is selected.
-    named = f"intervention.latents=[{','.join(map(str, often['latent']))}]"
-    commands = user.script(words, [*few(), named])[1:]
+    latents_option = f"intervention.latents=[{','.join(map(str, often['latent']))}]"
+    commands = user.script(words, [*few(), latents_option])[1:]
     # Nothing of the other commands depends on the model; test_experiments runs them.
-    kept = [c for c in commands if c[-1].rpartition("/")[2] in ("steer", "patch")]
-    assert len(commands) - len(kept) == 4
-    for command in kept:
-        said = user.type(command)
-        assert said.code == 0, f"{command}: {said.err[-2000:]}"
+    remaining = [c for c in commands if c[-1].rpartition("/")[2] in ("steer", "patch")]
+    assert len(commands) - len(remaining) == 4
+    for command in remaining:
+        result = user.type(command)
+        assert result.code == 0, f"{command}: {result.err[-2000:]}"
     assert user.most(BOS) == 1
     runs = {p.name: Run(p) for p in (user.folder / "runs").iterdir() if p.name != "layers"}
     assert {*runs} == {"steer", "patch"}
@@ -122,8 +122,8 @@ def test_entity_recognition_on_the_chat_model(user: Terminal) -> None:
 def test_entity_recognition_on_the_base_model(user: Terminal) -> None:
     words = "python -m saexp experiment=entity_recognition model=gemma2b sae=gemmascope layer=12"
     latents = user.run("layer 12", words, *few(), "intervention=none").table("latents")
-    named = f"intervention.latents=[{latents.nlargest(1, 'freq_known')['latent'].item()}]"
-    run = user.run("base", words, *few(), named)
+    latents_option = f"intervention.latents=[{latents.nlargest(1, 'freq_known')['latent'].item()}]"
+    run = user.run("base", words, *few(), latents_option)
     effects = check_effects(run, [0.0, 0.3, 0.6, 0.9])
     assert not effects["prompt"].str.contains("<bos>|<start_of_turn>").any()
     assert user.most(BOS) == 1

@@ -66,9 +66,9 @@ def test_the_quality_of_an_sae(user: Terminal) -> None:
     assert m["evaluation/n_texts"] == 6
     assert run.about["sae"]["hookpoint"] == "layer_8.resid_pre"
     assert run.about["sae"]["name"] == "gpt2-small-res-jb/blocks.8.hook_resid_pre"
-    named = ("ce_clean", "ce_sae", "ce_zero", "ce_mean", "kl_score", "explained_variance")
-    named += ("explained_variance_legacy", "mse", "cosine", "l2_ratio")
-    assert all(m[f"reconstruction/{name}"] is not None for name in named)
+    metric_names = ("ce_clean", "ce_sae", "ce_zero", "ce_mean", "kl_score", "explained_variance")
+    metric_names += ("explained_variance_legacy", "mse", "cosine", "l2_ratio")
+    assert all(m[f"reconstruction/{name}"] is not None for name in metric_names)
     # A random model may lose nothing by zeros; then the score is not defined, and that is said.
     score = m["reconstruction/ce_loss_score"]
     assert score is not None or "ce_loss_score" in " ".join(run.about["notes"])

@@ -39,8 +39,8 @@ def write_table(file: Path) -> None:
         writer.writerow(COLUMNS)
         for i in range(N):
             for label, words in WORDS.items():
-                said = " ".join(rng.choice(words.split(), 8))
-                writer.writerow((f"Page {i} of the book says", f" {said}", *label))
+                quote = " ".join(rng.choice(words.split(), 8))
+                writer.writerow((f"Page {i} of the book says", f" {quote}", *label))
         writer.writerow(("Page 98 says", " the harbour bread", "False", 2))
         writer.writerow(("Page 99 says", " the kitchen tide", "False", 1))
 
@@ -59,8 +59,8 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
 def test_memorization_of_a_published_table(user: Terminal) -> None:
     words = command_on("experiments/memorization/README.md", "MODEL=", "llama8b", "run.sh")
     for command in user.script(words, [*few(n_examples=N), "width=null"]):
-        said = user.type(command)
-        assert said.code == 0, f"{command}: {said.err[-2000:]}"
+        result = user.type(command)
+        assert result.code == 0, f"{command}: {result.err[-2000:]}"
     stats, contrast = (Run(user.folder / "runs" / name) for name in ("stats", "contrast"))
     tokenizer = user.tokenizer(NAME)
     for run in (stats, contrast):
@@ -71,9 +71,9 @@ def test_memorization_of_a_published_table(user: Terminal) -> None:
         assert run.about["groups"] == ["memorized", "not_memorized"]
         rows = run.table("rows")
         assert rows.groupby("group")["example_id"].nunique().tolist() == [N, N]
-        for text, mine in rows.groupby("text"):
-            assert str(text).endswith(tokenizer.decode(mine["token_id"].tolist()))
-            assert mine["token_index"].max() == len(tokenizer(str(text))["input_ids"]) - 1
+        for text, text_rows in rows.groupby("text"):
+            assert str(text).endswith(tokenizer.decode(text_rows["token_id"].tolist()))
+            assert text_rows["token_index"].max() == len(tokenizer(str(text))["input_ids"]) - 1
     assert user.most(BOS) == 1
     assert stats.metrics["stats/n_units_memorized"] == N
     assert stats.metrics["stats/n_units_not_memorized"] == N
@@ -100,11 +100,11 @@ def test_the_table_from_the_model_itself(user: Terminal) -> None:
         assert tokenizer(row["input_text"], add_special_tokens=False)["input_ids"] == plain[:50]
         assert row["perfect_match"] == (row["matching_tokens"] == 50)
     # It goes on with the study; a random model has memorised nothing, and that is said.
-    said = user.type(
+    result = user.type(
         "python -m saexp experiment=memorization model=llama8b sae=llamascope layer=7",
         f"dataset.path={run.folder}/memorization.csv",
         "width=null",
         "tracker=none",
     )
-    assert said.code == 1
-    assert "all rows are of one group, not_memorized (10)" in said.err
+    assert result.code == 1
+    assert "all rows are of one group, not_memorized (10)" in result.err

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import saexp
 from saexp.models.resolution import HUB_IDS, find_source, made_folder
-from tests.unit.reports.left import command, metrics_of
+from tests.unit.reports.run_outputs import command, metrics_of
 
 FOLDER = made_folder("smollm2")
 pytestmark = [
@@ -149,8 +149,8 @@ def loss(hf: Any, ids: list[torch.Tensor]) -> float:
 def test_the_command_of_the_readme_runs(tmp_path: Path) -> None:
     words = "model=smollm2 sae=smollm2 intervention=none tracker=none dataset.n_examples=6"
     few = "analyzer.n_bootstrap=0 analyzer.n_background=200 hydra.run.dir=run"
-    said = command(tmp_path, *words.split(), *few.split())
-    assert said.code == 0, said.err
+    result = command(tmp_path, *words.split(), *few.split())
+    assert result.code == 0, result.err
     assert metrics_of(tmp_path / "run")["collection/n_rows"] > 0
     assert (tmp_path / "run" / "report.html").is_file()
 

@@ -14,12 +14,12 @@ def test_cells_with_equal_effects_are_reported_without_a_range(tmp_path: Path) -
     """The true rate is 0.2 in every cell, and the sentence holds one cell's interval."""
     rng, reported = np.random.default_rng(0), []
     for sweep in range(40):
-        place = tmp_path / str(sweep)
+        cell_folder = tmp_path / str(sweep)
         for layer in range(6):
             test, train = rng.binomial(100, 0.2, size=2) / 100
             rows = effect("known", 1, test, 0.0, 0.5, train=train - 0.3, p=0.5, chosen=True)
-            cell(place, layer, f"layer={layer}", metrics={}, effects=rows)
-        sentence, *_ = findings(cells_table(place), place)
+            cell(cell_folder, layer, f"layer={layer}", metrics={}, effects=rows)
+        sentence, *_ = findings(cells_table(cell_folder), cell_folder)
         assert "; 0 of 6 cells differ from their controls" in sentence
         reported.append(float(sentence.split(" at layer ")[0].split(" [")[0].split(" ")[-1]))
     # Selected by the train value, the test value is unbiased: 0.2 with a standard error of 0.006.

@@ -58,6 +58,6 @@ def test_the_detectable_change_is_detected_in_80_percent(n: int, baseline: float
         for a, b in {*zip(more.tolist(), fewer.tolist(), strict=True)}
         if a > b
     }
-    found = [table.get((a, a + b), False) for a, b in zip(more, fewer, strict=True)]
+    detected = [table.get((a, a + b), False) for a, b in zip(more, fewer, strict=True)]
     # Four standard errors of 4000 runs.
-    assert np.mean(found) == pytest.approx(0.8, abs=0.026)
+    assert np.mean(detected) == pytest.approx(0.8, abs=0.026)

@@ -59,17 +59,17 @@ def test_means_of_skewed_values_are_covered(n: int, least: float, law: str) -> N
 def test_exchangeable_items_pass_at_their_level(k: int) -> None:
     rng = np.random.default_rng(k)
     for values in (rng.normal(size=(4000, k + 1)), rng.gamma(0.5, size=(4000, k + 1)) - 3):
-        found = np.array([rank_p_value(row[0], row[1:]) for row in values])
-        assert found.min() == 1 / (k + 1)
+        p_values = np.array([rank_p_value(row[0], row[1:]) for row in values])
+        assert p_values.min() == 1 / (k + 1)
         for alpha in (0.05, 0.2):
-            assert (found <= alpha).mean() == pytest.approx(alpha, abs=0.02)
+            assert (p_values <= alpha).mean() == pytest.approx(alpha, abs=0.02)
 
 
 def test_prediction_p_value_is_uniform_for_normal_values() -> None:
     rng = np.random.default_rng(1)
     values = rng.normal(size=(4000, 11))
-    found = [prediction_p_value(row[0], row[1:]) for row in values]
-    assert stats.kstest(found, "uniform").pvalue > 0.01
+    p_values = [prediction_p_value(row[0], row[1:]) for row in values]
+    assert stats.kstest(p_values, "uniform").pvalue > 0.01
     assert np.isnan(prediction_p_value(1.0, np.zeros(10)))
 
 

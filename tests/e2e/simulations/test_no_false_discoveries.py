@@ -36,10 +36,10 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Latents:
     model = language_model(cfg, objects)
     sae = sparse_autoencoder(cfg, model, objects)
     collected = collect_examples(cfg, model, [sae.hookpoint])
-    found, _ = encode_store(collected.store, sae, collected.placement.rows)
+    encoded, _ = encode_store(collected.store, sae, collected.placement.rows)
     assert collected.examples.groups == GROUPS
-    used = (found.rows["split"] != "val").to_numpy()
-    return Latents(found.csr[used], found.rows.loc[used, COLUMNS].reset_index(drop=True))
+    used = (encoded.rows["split"] != "val").to_numpy()
+    return Latents(encoded.csr[used], encoded.rows.loc[used, COLUMNS].reset_index(drop=True))
 
 
 def contrast_of(latents: Latents, rows: pd.DataFrame) -> Result:
@@ -138,9 +138,9 @@ def test_no_discoveries_where_there_are_none(n_first: int, n_second: int) -> Non
         rates = np.minimum(1, rng.pareto(1.0, 1000) * 0.007)
         on = rng.random((len(first), 1000)) < rates
         values = sparse.csr_array(on * rng.gamma(2, 1, on.shape))
-        found = Ranked(values, first).mann_whitney()
+        rank_test = Ranked(values, first).mann_whitney()
         here = on.any(0)
         for name in any_found:
-            any_found[name] += benjamini_hochberg(getattr(found, name)[here]).min() <= 0.05
+            any_found[name] += benjamini_hochberg(getattr(rank_test, name)[here]).min() <= 0.05
     assert any_found["p_value"] <= 2
     assert (any_found["p_normal"] > 20) == (n_first != n_second)

@@ -12,8 +12,8 @@ def test_the_interval_covers_a_skewed_mean(n: int, n_runs: int) -> None:
     covered = 0
     for seed in range(n_runs):
         values = np.random.default_rng([seed, n]).exponential(1, n)
-        found = paired_difference(np.zeros(n), values, range(n), n_permutations=2, seed=seed)
-        covered += found.ci_low <= 1 <= found.ci_high
+        difference = paired_difference(np.zeros(n), values, range(n), n_permutations=2, seed=seed)
+        covered += difference.ci_low <= 1 <= difference.ci_high
     assert covered >= 0.92 * n_runs
 
 
@@ -23,8 +23,8 @@ def test_false_positives_of_the_mean() -> None:
     for seed in range(300):
         rng = np.random.default_rng(seed)
         a, b = rng.exponential(1, (2, 12))
-        found = paired_difference(a, b, range(12), n_permutations=500, seed=seed)
-        hits += found.p_value <= 0.05
+        difference = paired_difference(a, b, range(12), n_permutations=500, seed=seed)
+        hits += difference.p_value <= 0.05
     assert 3 <= hits <= 27, "15 of 300 expected"
 
 
@@ -34,9 +34,9 @@ def test_familywise_error_of_heads(common: float) -> None:
     for seed in range(200):
         rng = np.random.default_rng(seed)
         original, edited = heads(rng, 15, 20, common)
-        found = paired_head_test(original, edited, range(15), 400, seed)
-        any_found += found.p_corrected.min() <= 0.05
-        mean_found += found.overall.p_value <= 0.05
+        head_test = paired_head_test(original, edited, range(15), 400, seed)
+        any_found += head_test.p_corrected.min() <= 0.05
+        mean_found += head_test.overall.p_value <= 0.05
     assert 1 <= any_found <= 20, "10 of 200 expected"
     assert 1 <= mean_found <= 20, "10 of 200 expected, though the heads are not independent"
 
@@ -47,8 +47,8 @@ def test_familywise_error_beside_true_effects_and_power() -> None:
         original, edited = heads(np.random.default_rng(seed), 15, 20, 0.5)
         scale = (edited - original).std(0)
         edited[:, :5] += 2 * scale[:5]
-        found = paired_head_test(original, edited, range(15), 400, seed)
-        wrong += (found.p_corrected[5:] <= 0.05).any()
-        right += (found.p_corrected[:5] <= 0.05).sum()
+        head_test = paired_head_test(original, edited, range(15), 400, seed)
+        wrong += (head_test.p_corrected[5:] <= 0.05).any()
+        right += (head_test.p_corrected[:5] <= 0.05).sum()
     assert wrong <= 16, "at most 7.5 of 150 expected"
     assert right > 0.9 * 5 * 150

@@ -19,8 +19,8 @@ DESIGNS = [
 """Units of either group, true value, rows of a unit, fraction of the first group: all pairs."""
 
 
-def limits(found: dict[str, float | None], name: str) -> tuple[float, float]:
-    low, high = (found[f"{name}_ci_{side}"] for side in ("low", "high"))
+def limits(measured: dict[str, float | None], name: str) -> tuple[float, float]:
+    low, high = (measured[f"{name}_ci_{side}"] for side in ("low", "high"))
     assert low is not None and high is not None and low < high
     return low, high
 
@@ -46,17 +46,17 @@ def test_p_values_of_scores_without_meaning(n: int, n_rows: int) -> None:
     first, units = labels(n, 2 * n, n_rows)
     judge, n_runs = Judge(Labelled(first, units)), 400
     for agree in (0.0, 1.0):
-        found = 0
+        n_significant = 0
         for seed in range(n_runs):
             rng = np.random.default_rng([seed, n])
             scores = rng.normal(size=3 * n).repeat(n_rows) * agree
             scores = scores + (1 - agree) * rng.normal(size=3 * n * n_rows)
             p_value = judge.measure(scores, 0.0)["auroc_p"]
-            found += p_value is not None and p_value <= 0.05
+            n_significant += p_value is not None and p_value <= 0.05
         # 34 or more of 400 at 5 % have probability 0.002.
-        assert found <= 33
+        assert n_significant <= 33
         if agree == 1.0 or n_rows == 1:
-            assert found >= 8
+            assert n_significant >= 8
 
 
 @pytest.mark.parametrize(("n", "value", "n_rows", "fraction"), DESIGNS)
@@ -78,9 +78,9 @@ def test_rates_are_covered(n: int, value: float, n_rows: int, fraction: float) -
             (rng.random(n_units) < value).repeat(n_rows),
             rng.random(n_units * n_rows) < value,
         )
-        found = judge.measure(np.where(right == first, 1.0, -1.0), 0.0)
+        measured = judge.measure(np.where(right == first, 1.0, -1.0), 0.0)
         for name, truth in expected.items():
-            low, high = limits(found, name)
+            low, high = limits(measured, name)
             covered[name] += low <= truth <= high
     assert min(covered.values()) / n_runs >= 0.92, covered
 
@@ -95,9 +95,9 @@ def test_units_with_rows_of_both_groups_are_covered(n: int) -> None:
     covered = {"accuracy": 0, "balanced_accuracy": 0}
     for seed in range(n_runs):
         right = (np.random.default_rng([seed, n]).random(n) < 0.8).repeat(2)
-        found = judge.measure(np.where(right == first, 1.0, -1.0), 0.0)
+        measured = judge.measure(np.where(right == first, 1.0, -1.0), 0.0)
         for name in covered:
-            low, high = limits(found, name)
+            low, high = limits(measured, name)
             covered[name] += low <= 0.8 <= high
     assert min(covered.values()) / n_runs >= 0.92, covered
 

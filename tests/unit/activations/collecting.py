@@ -115,7 +115,7 @@ def n_sound(cache_dir: Path, expected: dict[str, str]) -> int:
     for manifest in cache_dir.glob("activations/*/manifest.json"):
         store = ActivationStore.open(manifest.parent, verify=True)
         listed = {(h, int(i)) for h, s in store.manifest["hookpoints"].items() for i in s}
-        absent = {(h.name, i) for i, found in store.missing(POSTS).items() for h in found}
+        absent = {(h.name, i) for i, hookpoints in store.missing(POSTS).items() for h in hookpoints}
         every = {(h.name, i) for h in POSTS for i in range(len(store.shard_bounds))}
         assert absent == every - listed
         in_place = {n: d for n, d in digests_in(cache_dir).items() if n.endswith(".safetensors")}

@@ -8,9 +8,9 @@ from tests.unit.activations.collecting import digests, load, run_in_shards
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("model")
-    save(random_hf("llama"), place)
-    return place
+    model_folder = tmp_path_factory.mktemp("model")
+    save(random_hf("llama"), model_folder)
+    return model_folder
 
 
 @pytest.fixture(scope="module")

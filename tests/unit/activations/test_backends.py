@@ -46,8 +46,8 @@ def test_another_library_gives_the_same_activations(
     expected, _ = run(model, tmp_path, HOOKPOINTS)
     assert store.path != expected.path
     for at in HOOKPOINTS:
-        found, known = (s.acts(at.layer, at.stream) for s in (store, expected))
-        torch.testing.assert_close(found, known, rtol=1e-4, atol=1e-5)
+        acts, known = (s.acts(at.layer, at.stream) for s in (store, expected))
+        torch.testing.assert_close(acts, known, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("nnsight") is not None, reason="nnsight is installed")

@@ -111,8 +111,8 @@ def test_a_text_longer_than_max_length_is_collected_up_to_there(tmp_path):
     long, _ = run(model, tmp_path)
     short, stats = run(model, tmp_path, placement=placed(max_length=6), max_length=6)
     assert stats.tokens_forwarded == 6 * len(TEXTS)
-    kept = long.rows[long.rows["token_index"] < 6]["row"].tolist()
-    torch.testing.assert_close(short.acts(2), long.acts(2)[kept], **CLOSE)
+    short_rows = long.rows[long.rows["token_index"] < 6]["row"].tolist()
+    torch.testing.assert_close(short.acts(2), long.acts(2)[short_rows], **CLOSE)
     assert short.path != long.path
 
 
@@ -151,11 +151,11 @@ def test_skips_are_counted_beside(tmp_path):
 
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 200))
 def test_batches_hold_every_text_once_within_the_budget(lengths, batch_tokens):
-    found = list(batches(lengths, TokenBudget(batch_tokens, torch.device("cpu"))))
-    assert sorted(i for b in found for i in b) == list(range(len(lengths)))
-    for batch in found:
+    row_batches = list(batches(lengths, TokenBudget(batch_tokens, torch.device("cpu"))))
+    assert sorted(i for b in row_batches for i in b) == list(range(len(lengths)))
+    for batch in row_batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= batch_tokens
-    ordered = [lengths[i] for b in found for i in b]
+    ordered = [lengths[i] for b in row_batches for i in b]
     assert ordered == sorted(lengths, reverse=True)
 
 

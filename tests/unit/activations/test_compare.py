@@ -12,10 +12,10 @@ from saexp.activations import ActivationStore
 from saexp.tasks import collect as stores
 from saexp.tasks.collect import differences, headline
 from tests.e2e.test_cache import store
-from tests.unit.reports.left import command
+from tests.unit.reports.run_outputs import command
 
 
-def made(folder: Path, lines: list[str], **ingredients: Any) -> ActivationStore:
+def store_with(folder: Path, lines: list[str], **ingredients: Any) -> ActivationStore:
     """A store without activations."""
     rows = pd.DataFrame({"row": range(len(lines)), "text": lines})
     return ActivationStore.create_or_open(
@@ -35,8 +35,8 @@ def test_only_the_ingredients_that_differ_are_named(tmp_path: Path) -> None:
 
 
 def test_hashes_stand_behind_the_names_they_are_of(tmp_path: Path) -> None:
-    one = made(tmp_path, ["a"], weights="0123456789", tokenizer="a" * 64)
-    two = made(tmp_path, ["a"], weights="9876543210", tokenizer="b" * 64, model="tuned")
+    one = store_with(tmp_path, ["a"], weights="0123456789", tokenizer="a" * 64)
+    two = store_with(tmp_path, ["a"], weights="9876543210", tokenizer="b" * 64, model="tuned")
     assert differences(one, two) == [
         'model: "tiny" and "tuned"',
         "tokenizer: tiny (aaaaaaaa) and tuned (bbbbbbbb)",
@@ -55,7 +55,10 @@ def test_hashes_stand_behind_the_names_they_are_of(tmp_path: Path) -> None:
 def test_differences_count_the_texts_in_common(
     tmp_path: Path, second: list[str], difference: str
 ) -> None:
-    one, two = made(tmp_path, ["a", "a", "b"], texts="x"), made(tmp_path, second, texts="y")
+    one, two = (
+        store_with(tmp_path, ["a", "a", "b"], texts="x"),
+        store_with(tmp_path, second, texts="y"),
+    )
     assert differences(one, two) == [f"texts: unnamed (x) and unnamed (y){difference}"]
     (two.path / "rows.parquet").write_bytes(b"")
     assert differences(one, two) == ["texts: unnamed (x) and unnamed (y)"]
@@ -122,11 +125,11 @@ def test_the_names_are_no_part_of_the_key(tmp_path: Path) -> None:
     key = collected(tmp_path, "dataset=text", "dataset.text=The player", "positions=last")
     words = ["dataset=jsonl", f"dataset.path={file}", "positions=last", "positions.seed=3"]
     words += ["task=collect", "layer=1", "tracker=none", f"cache_dir={tmp_path}/cache"]
-    found = saexp.run(saexp.compose(words), tmp_path / "run").metrics
-    (made,) = stores.stores(tmp_path / "cache")
-    assert found["collection/tokens_forwarded"] == 0
-    assert made.path.name == key
-    assert made.manifest["about"]["dataset"] == "text"
+    metrics = saexp.run(saexp.compose(words), tmp_path / "run").metrics
+    (new_store,) = stores.stores(tmp_path / "cache")
+    assert metrics["collection/tokens_forwarded"] == 0
+    assert new_store.path.name == key
+    assert new_store.manifest["about"]["dataset"] == "text"
 
 
 def test_the_beginning_of_a_key_may_look_like_a_number() -> None:
@@ -135,13 +138,16 @@ def test_the_beginning_of_a_key_may_look_like_a_number() -> None:
 
 
 def test_task_cache_prints_the_comparison_alone(tmp_path: Path) -> None:
-    made = [store(tmp_path / "outputs/cache", t) for t in "ab"]
-    both = ",".join(s.path.name for s in made)
+    text_stores = [store(tmp_path / "outputs/cache", t) for t in "ab"]
+    both = ",".join(s.path.name for s in text_stores)
     words = ["task=cache", "task.action=compare", "hydra.run.dir=compared"]
     compared = command(tmp_path, *words, f"task.stores=[{both}]")
-    held = "tiny, set {}, last, 6 rows, float32, layer_0.resid_post, layer_1.resid_post"
+    description = "tiny, set {}, last, 6 rows, float32, layer_0.resid_post, layer_1.resid_post"
     assert compared.out.splitlines() == [
-        *(f"note: {s.path.name}: {held.format(t)}" for s, t in zip(made, "ab", strict=True)),
+        *(
+            f"note: {s.path.name}: {description.format(t)}"
+            for s, t in zip(text_stores, "ab", strict=True)
+        ),
         "note: texts: set a (a) and set b (b); 0 texts in both",
         "folder: compared",
     ]

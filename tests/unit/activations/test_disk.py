@@ -85,13 +85,13 @@ def test_of_two_equal_shards_the_damaged_one_is_noticed(model, tmp_path, damage)
 @pytest.fixture()
 def disk(tmp_path):
     """(an empty folder, a function that makes it a file system of so many kB)."""
-    place = tmp_path / "disk"
-    place.mkdir()
+    disk_path = tmp_path / "disk"
+    disk_path.mkdir()
 
     def sized(kilobytes, first=False):
         options = f"{'' if first else 'remount,'}size={kilobytes}k"
         return subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)],
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk_path)],
             capture_output=True,
             text=True,
         )
@@ -100,20 +100,20 @@ def disk(tmp_path):
         pytest.skip("no mount command")
     if (done := sized(64, first=True)).returncode:
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    yield place, sized
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+    yield disk_path, sized
+    subprocess.run(["umount", "--lazy", str(disk_path)], check=True)
 
 
 def test_a_disk_that_is_too_small_is_reported_before_any_forward_pass(disk, tmp_path):
-    place, sized = disk
+    disk_path, sized = disk
     sized(40)
     model = LanguageModel(save(random_hf("llama"), tmp_path / "model"))
-    message = message_of(lambda: run(model, place, shard_rows=SHARD_ROWS))
-    (store,) = (place / "activations").iterdir()
+    message = message_of(lambda: run(model, disk_path, shard_rows=SHARD_ROWS))
+    (store,) = (disk_path / "activations").iterdir()
     needs = show_bytes(len(placed().rows) * len(POSTS) * model.d_model * 4)
     assert message == (
         f"disk full: the activations need {needs}, and "
-        f"{show_bytes(shutil.disk_usage(place).free)} are free at {store}; finished shards are "
+        f"{show_bytes(shutil.disk_usage(disk_path).free)} are free at {store}; finished shards are "
         "kept: free some space and run the command again, or choose another cache_dir="
     )
     assert not model.loaded
@@ -124,19 +124,19 @@ def test_a_disk_that_is_too_small_is_reported_before_any_forward_pass(disk, tmp_
 def test_a_disk_that_fills_midway_keeps_what_was_finished(
     model, expected, disk, monkeypatch, kilobytes
 ):
-    place, sized = disk
+    disk_path, sized = disk
     sized(kilobytes)
     with monkeypatch.context() as patch:
         patch.setattr(collection, "free_bytes", lambda _: 10**18)
-        message = message_of(lambda: run(model, place, shard_rows=SHARD_ROWS))
-    assert message.startswith(f"disk full: {place}/activations/")
+        message = message_of(lambda: run(model, disk_path, shard_rows=SHARD_ROWS))
+    assert message.startswith(f"disk full: {disk_path}/activations/")
     assert message.endswith("run the command again, or choose another cache_dir=")
-    n_listed = n_sound(place, expected)
+    n_listed = n_sound(disk_path, expected)
     assert n_listed < n_shard_files(expected)
     assert n_listed > 0 or kilobytes < 60
-    assert not list(place.rglob(".tmp-*"))
+    assert not list(disk_path.rglob(".tmp-*"))
     sized(1024)
-    store, _ = run(model, place, shard_rows=SHARD_ROWS)
+    store, _ = run(model, disk_path, shard_rows=SHARD_ROWS)
     assert digests(store.path) == expected
 
 
@@ -207,9 +207,9 @@ def test_a_shard_that_may_not_be_read_is_collected_again(model, expected, tmp_pa
     assert digests(again.path) == expected
 
 
-@pytest.mark.parametrize("place", [".", "..", "layer_1.resid_post"])
-def test_a_folder_of_the_cache_that_may_not_be_read_is_one_line(model, tmp_path, place):
-    folder = run(model, tmp_path, shard_rows=SHARD_ROWS)[0].path / place
+@pytest.mark.parametrize("subfolder", [".", "..", "layer_1.resid_post"])
+def test_a_folder_of_the_cache_that_may_not_be_read_is_one_line(model, tmp_path, subfolder):
+    folder = run(model, tmp_path, shard_rows=SHARD_ROWS)[0].path / subfolder
     folder.chmod(0)
     try:
         with obeying_permissions():

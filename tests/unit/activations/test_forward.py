@@ -48,8 +48,10 @@ def wanted_rows(draw):
 
 
 @given(wanted_rows(), st.data())
-def test_units_are_the_fewest_sequences_and_hold_every_row_of_the_shard_once(made, data):
-    sequences, rows = made
+def test_units_are_the_fewest_sequences_and_hold_every_row_of_the_shard_once(
+    sequences_and_rows, data
+):
+    sequences, rows = sequences_and_rows
     first = data.draw(st.integers(0, len(rows) - 1))
     end = data.draw(st.integers(first + 1, len(rows)))
     texts = [TokenizedText("", ids, (), (), False) for ids in sequences]
@@ -58,9 +60,11 @@ def test_units_are_the_fewest_sequences_and_hold_every_row_of_the_shard_once(mad
         for n in range(len(sequences))
     ]
     placement = PositionTable(chosen, texts, [], None)
-    found = units(placement, np.arange(first, end))
-    read = {row: (text, token, u.ids[: token + 1]) for u in found for row, token, text in u.rows}
-    assert sum(len(u.rows) for u in found) == len(read)
+    forward_units = units(placement, np.arange(first, end))
+    read = {
+        row: (text, token, u.ids[: token + 1]) for u in forward_units for row, token, text in u.rows
+    }
+    assert sum(len(u.rows) for u in forward_units) == len(read)
     # The tokens up to it are what a causal model's value depends on.
     assert read == {
         row: (text, token, sequences[text][: token + 1])
@@ -68,7 +72,7 @@ def test_units_are_the_fewest_sequences_and_hold_every_row_of_the_shard_once(mad
     }
     needed = {ids for _, _, ids in read.values()}
     begins_another = {s for s in needed for o in needed if o != s and o[: len(s)] == s}
-    assert sorted(u.ids for u in found) == sorted(needed - begins_another)
+    assert sorted(u.ids for u in forward_units) == sorted(needed - begins_another)
 
 
 @torch.no_grad()
@@ -213,8 +217,10 @@ def writes(draw):
 
 
 @given(writes(), st.sampled_from(DTYPES), st.booleans())
-def test_a_shard_has_the_same_values_and_their_checksum_whatever_the_writes(made, dtype, narrow):
-    acts, parts = made
+def test_a_shard_has_the_same_values_and_their_checksum_whatever_the_writes(
+    acts_and_parts, dtype, narrow
+):
+    acts, parts = acts_and_parts
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layer_0" / "00000.safetensors"
         writer = ShardWriter(path, *acts.shape, dtype, LABEL)
@@ -235,8 +241,8 @@ def test_a_shard_has_the_same_values_and_their_checksum_whatever_the_writes(made
 
 
 @given(writes(), st.data())
-def test_a_row_never_written_is_an_error_and_leaves_no_file(made, data):
-    acts, parts = made
+def test_a_row_never_written_is_an_error_and_leaves_no_file(acts_and_parts, data):
+    acts, parts = acts_and_parts
     left_out = data.draw(st.integers(0, len(parts) - 1))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "00000.safetensors"

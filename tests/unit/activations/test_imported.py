@@ -40,7 +40,7 @@ def imported(
 ) -> ActivationStore:
     """The store of imported activations; other keyword arguments go into the collector's config."""
     cfg = ImportedConfig(name="imported", **options)
-    made, stats = collect(
+    imported_store, stats = collect(
         ImportedCollector(cfg, model=model, store=store or StoreConfig()),
         CollectionRequest(
             positions=positions, hookpoints=hookpoints or [LAST], max_length=MAX_LENGTH
@@ -48,7 +48,7 @@ def imported(
         cache_dir=cache,
     )
     assert (stats.tokens_forwarded, stats.n_rows) == (0, len(positions.rows))
-    return made
+    return imported_store
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_acts_dat_of_chosen_tokens_is_matched_by_the_chosen_positions(
     torch.testing.assert_close(store.acts(1), expected.acts(1))
 
 
-def named(every: Any) -> dict[str, np.ndarray]:
+def arrays_by_name(every: Any) -> dict[str, np.ndarray]:
     """Arrays called as TransformerLens and saexp call hookpoints."""
     acts, texts = every
     return {
@@ -125,19 +125,19 @@ def named(every: Any) -> dict[str, np.ndarray]:
 
 
 def write_npz(folder: Path, every: Any) -> Path:
-    np.savez(folder / "acts.npz", **named(every))
+    np.savez(folder / "acts.npz", **arrays_by_name(every))
     return folder / "acts.npz"
 
 
 def write_npy(folder: Path, every: Any) -> Path:
-    for name, array in named(every).items():
+    for name, array in arrays_by_name(every).items():
         np.save(folder / f"{name}.npy", array)
     return folder
 
 
 def write_safetensors(folder: Path, every: Any) -> Path:
     """Two files a hookpoint, in a folder of its name, and token ids beside."""
-    for name, array in named(every).items():
+    for name, array in arrays_by_name(every).items():
         tensor = torch.from_numpy(array)
         if name == "token_ids":
             save_file({name: tensor}, folder / "token_ids.safetensors")
@@ -152,7 +152,7 @@ def write_saelens(folder: Path, every: Any) -> Path:
     """As SAELens' CacheActivationsRunner: fixed contexts, a column per hook name."""
     from datasets import Array2D, Dataset, Features, Sequence, Value
 
-    arrays = named(every)
+    arrays = arrays_by_name(every)
     n = arrays["token_ids"].shape[1]
     array = Array2D(shape=(n, D_MODEL), dtype="float32")
     ids = Sequence(Value("int32"), length=n)
@@ -198,7 +198,7 @@ def test_a_store_is_reused_until_the_files_change(
     first = imported(model, tmp_path, placed(), path=str(path)).path
     assert imported(model, tmp_path, placed(), path=str(path)).path == first
     assert imported(model, tmp_path, placed(), path=str(path), stream="resid_pre").path != first
-    np.savez(path, **{k: v * 2 for k, v in named(every).items() if v.ndim == 3})
+    np.savez(path, **{k: v * 2 for k, v in arrays_by_name(every).items() if v.ndim == 3})
     with pytest.raises(DataError, match="the run chooses"):
         imported(model, tmp_path, placed(), path=str(path))
 

@@ -71,7 +71,7 @@ def test_a_lease_of_another_host_counts_for_a_day(stored):
     mark = stored.path / FOLDER / "elsewhere-12-0badc0de.lock"
     mark.parent.mkdir(exist_ok=True)
     mark.touch()
-    assert pruned(stored).kept == {stored.path.name: "in use by pid 12 on elsewhere"}
+    assert pruned(stored).skipped == {stored.path.name: "in use by pid 12 on elsewhere"}
     old = mark.stat().st_mtime - files.TRUST_SECONDS
     os.utime(mark, (old, old))
     assert pruned(stored).removed == [stored.path.name]
@@ -92,19 +92,19 @@ def test_a_store_pruned_while_open_is_reported_and_collected_again(model, stored
 @pytest.fixture
 def read_only(model, disk):
     """(cache folder on a file system mounted read-only, its whole store)."""
-    place, sized = disk
+    disk_path, sized = disk
     sized(4096)
-    store, _ = run(model, place, shard_rows=SHARD_ROWS)
+    store, _ = run(model, disk_path, shard_rows=SHARD_ROWS)
     store.close()
-    subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
-    yield place, store
-    subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk_path)], check=True)
+    yield disk_path, store
+    subprocess.run(["mount", "-o", "remount,rw", str(disk_path)], check=True)
 
 
 def test_a_whole_store_on_a_read_only_file_system_is_used(model, read_only):
-    place, stored = read_only
+    disk_path, stored = read_only
     before = digests(stored.path)
-    store, stats = run(model, place)
+    store, stats = run(model, disk_path)
     assert stats.tokens_forwarded == 0
     shards = [torch.cat([a for _, a in store.chunks(h, 5)]) for h in POSTS]
     for layer, expected in enumerate(shards):
@@ -118,9 +118,9 @@ def test_a_whole_store_on_a_read_only_file_system_is_used(model, read_only):
 def test_other_labels_of_the_same_rows_need_not_be_written(model, read_only):
     from tests.unit.activations.collecting import placed
 
-    place, stored = read_only
+    disk_path, stored = read_only
     placement = placed()
     placement.rows["group"] = "other"
-    store, _ = run(model, place, placement=placement)
+    store, _ = run(model, disk_path, placement=placement)
     assert set(store.rows["group"]) == {"other"}
     assert set(saexp.open_store(stored.path).rows["group"]) == {"known", "unknown"}

@@ -43,8 +43,8 @@ def collected(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) ->
 def folder(collected: Path, tmp_path: Path) -> Path:
     """A store's folder, in `tmp_path`."""
     shutil.copytree(collected, tmp_path, dirs_exist_ok=True)
-    (found,) = (tmp_path / "activations").iterdir()
-    return found
+    (store_folder,) = (tmp_path / "activations").iterdir()
+    return store_folder
 
 
 def n_shards(folder: Path) -> int:
@@ -264,9 +264,9 @@ def test_flipped_bytes_and_other_values_are_an_error_in_one_line(
         content = bytearray(json.dumps(manifest).encode())
     (tmp_path / "manifest.json").write_bytes(content)
     try:
-        found = read_manifest(tmp_path)
+        parsed = read_manifest(tmp_path)
     except StoreError as error:
         assert "\n" not in str(error)
     else:
         # White space, say.
-        assert found == json.loads(source.read_bytes())
+        assert parsed == json.loads(source.read_bytes())

@@ -38,16 +38,16 @@ def ordinary(store: ActivationStore, *at: Hookpoint, ratio: float | None = 5.0) 
 
 def test_high_norms_are_found_wherever_they_are(tmp_path: Path) -> None:
     x = rows(0, 1, 77, 202)
-    found = ordinary(written(tmp_path, at=x), AT)
+    ordinary_rows = ordinary(written(tmp_path, at=x), AT)
     norms = np.sqrt((x.double().numpy() ** 2).sum(1))
     expected = norms <= 5 * np.median(norms)
     assert np.flatnonzero(~expected).tolist() == [0, 1, 77, 202]
-    assert found.mask.tolist() == expected.tolist()
-    assert found.median_norm(AT) == pytest.approx(np.median(norms[expected]))
+    assert ordinary_rows.mask.tolist() == expected.tolist()
+    assert ordinary_rows.median_norm(AT) == pytest.approx(np.median(norms[expected]))
     distances = ((x.double().numpy() - x.double().numpy().mean(0)) ** 2).sum(1)
     fraction = distances[~expected].sum() / distances.sum()
-    assert found.variance_fraction == pytest.approx(fraction)
-    (note,) = found.notes("training leaves them out")
+    assert ordinary_rows.variance_fraction == pytest.approx(fraction)
+    (note,) = ordinary_rows.notes("training leaves them out")
     assert note.startswith(
         "4 of 203 positions (1.97%) at layer_3.resid_post have a norm above 5 times the median and "
         f"hold {fraction:.1%} of the variance"
@@ -58,10 +58,10 @@ def test_high_norms_are_found_wherever_they_are(tmp_path: Path) -> None:
 def test_values_that_overflowed_are_left_out_and_reported(tmp_path: Path) -> None:
     x = rows(0)
     x[7] = float("inf")
-    found = ordinary(written(tmp_path, at=x), AT)
-    assert np.flatnonzero(~found.mask).tolist() == [0, 7]
-    assert np.isnan(found.variance_fraction) and np.isfinite(found.median_norm(AT))
-    (note,) = found.notes("training leaves them out")
+    ordinary_rows = ordinary(written(tmp_path, at=x), AT)
+    assert np.flatnonzero(~ordinary_rows.mask).tolist() == [0, 7]
+    assert np.isnan(ordinary_rows.variance_fraction) and np.isfinite(ordinary_rows.median_norm(AT))
+    (note,) = ordinary_rows.notes("training leaves them out")
     assert "are not all finite, so that their fraction of the variance is unknown" in note
 
 
@@ -79,10 +79,10 @@ def test_the_reference_decides_where_most_positions_are_high(tmp_path: Path) -> 
     assert OrdinaryRows(store, neutral, 5.0).mask.tolist() == [n >= 150 for n in range(N)]
     # Without one ordinary position there is nothing else to measure.
     store = written(tmp_path / "all", at=rows(*range(N)))
-    found = OrdinaryRows(store, neutral, 5.0)
-    assert (found.mask.all(), found.variance_fraction) == (True, 0.0)
-    assert found.median_norm(AT) == pytest.approx(np.median(rows(5).double().norm(dim=-1)))
-    (note,) = found.notes("…")
+    ordinary_rows = OrdinaryRows(store, neutral, 5.0)
+    assert (ordinary_rows.mask.all(), ordinary_rows.variance_fraction) == (True, 0.0)
+    assert ordinary_rows.median_norm(AT) == pytest.approx(np.median(rows(5).double().norm(dim=-1)))
+    (note,) = ordinary_rows.notes("…")
     assert note.startswith("all 203 positions at layer_3.resid_post have a norm above 5 times")
 
 
@@ -91,8 +91,12 @@ def test_without_a_limit_or_without_high_norms_all_are_ordinary(
     tmp_path: Path, ratio: float | None
 ) -> None:
     high = () if ratio else (0, 1)
-    found = ordinary(written(tmp_path, at=rows(*high)), AT, ratio=ratio)
-    assert (found.mask.all(), found.n_excluded, found.notes("…")) == (True, 0, [])
+    ordinary_rows = ordinary(written(tmp_path, at=rows(*high)), AT, ratio=ratio)
+    assert (ordinary_rows.mask.all(), ordinary_rows.n_excluded, ordinary_rows.notes("…")) == (
+        True,
+        0,
+        [],
+    )
 
 
 def test_a_median_of_zero_limits_nothing() -> None:

@@ -52,7 +52,7 @@ def n_common(sequences):
     return len(list(columns))
 
 
-def most_saved(sequences, worth, least):
+def most_saved(sequences, min_saved, least):
     """By trying every way to cut the list into neighbours."""
     best = [0]
     for end in range(1, len(sequences) + 1):
@@ -60,21 +60,21 @@ def most_saved(sequences, worth, least):
         for first in range(end - 1):
             shared = n_common(sequences[first:end])
             if shared >= least:
-                options.append(best[first] + (end - first - 1) * shared - worth)
+                options.append(best[first] + (end - first - 1) * shared - min_saved)
         best.append(max(options))
     return best[-1]
 
 
 @given(sorted_sequences(), st.integers(0, 6), st.integers(1, 3))
-def test_groups_save_the_most_that_any_way_to_group_neighbours_saves(sequences, worth, least):
-    found = groups(sequences, worth, least)
-    assert [g.first for g in found[1:]] == sorted(g.first for g in found[1:])
-    assert all(a.end <= b.first for a, b in itertools.pairwise(found))
-    for group in found:
+def test_groups_save_the_most_that_any_way_to_group_neighbours_saves(sequences, min_saved, least):
+    prefix_groups = groups(sequences, min_saved, least)
+    assert [g.first for g in prefix_groups[1:]] == sorted(g.first for g in prefix_groups[1:])
+    assert all(a.end <= b.first for a, b in itertools.pairwise(prefix_groups))
+    for group in prefix_groups:
         assert group.n_shared == n_common(sequences[group.first : group.end]) >= least
-    saved = [(g.end - g.first - 1) * g.n_shared - worth for g in found]
+    saved = [(g.end - g.first - 1) * g.n_shared - min_saved for g in prefix_groups]
     assert all(s > 0 for s in saved)
-    assert sum(saved) == most_saved(sequences, worth, least)
+    assert sum(saved) == most_saved(sequences, min_saved, least)
 
 
 def test_groups_of_groups_are_taken_whole_or_apart_by_what_that_saves():
@@ -93,8 +93,8 @@ def test_groups_of_groups_are_taken_whole_or_apart_by_what_that_saves():
 def test_values_are_those_of_whole_texts_and_fewer_tokens_are_forwarded(architecture, tmp_path):
     model = random_lm(architecture)
     streams = [s for s in ("resid_mid", "attn_out", "attn_z", "mlp_in", "mlp_out")]
-    kept = [s for s in streams if s != "resid_mid" or architecture not in PARALLEL]
-    hookpoints = [*POSTS, *(Hookpoint(1, s) for s in kept), Hookpoint(0, "embed")]
+    available_streams = [s for s in streams if s != "resid_mid" or architecture not in PARALLEL]
+    hookpoints = [*POSTS, *(Hookpoint(1, s) for s in available_streams), Hookpoint(0, "embed")]
     placement = placed(MIXED)
     settings = {"placement": placement, "batch_tokens": BATCH_TOKENS}
     store, stats = run(model, tmp_path / "shared", hookpoints, **settings)
@@ -187,11 +187,11 @@ def test_every_row_is_read_once_and_held_keys_count_in_a_batch():
     placement = placed(MIXED)
     todo = units(placement, np.arange(len(placement.rows)))
     budget = TokenBudget(BATCH_TOKENS, torch.device("cpu"))
-    made = list(forward(random_lm("llama"), todo, POSTS[:1], budget, torch.float32))
-    rows = np.concatenate([b.rows for b in made])
+    outputs = list(forward(random_lm("llama"), todo, POSTS[:1], budget, torch.float32))
+    rows = np.concatenate([b.rows for b in outputs])
     assert sorted(rows) == list(range(len(placement.rows)))
-    assert [len(b.host[POSTS[0]]()) for b in made] == [len(b.rows) for b in made]
-    assert len(made) > 2
+    assert [len(b.host[POSTS[0]]()) for b in outputs] == [len(b.rows) for b in outputs]
+    assert len(outputs) > 2
 
 
 @pytest.mark.parametrize("reason", ["set by the caller", "shared keys", "no such option"])
@@ -305,7 +305,7 @@ def test_float64_is_shared_to_its_own_precision(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("found", "alone", "same"),
+    ("grouped", "alone", "same"),
     [
         ([0.0, 0.0], [0.0, 0.0], True),
         ([1.0, 2.0], [1.0, 2.0], True),
@@ -315,9 +315,9 @@ def test_float64_is_shared_to_its_own_precision(tmp_path):
         ([1.0, 0.0], [0.0, 0.0], False),
     ],
 )
-def test_values_are_equal_up_to_rounding_and_unequal_where_one_is_nan(found, alone, same):
+def test_values_are_equal_up_to_rounding_and_unequal_where_one_is_nan(grouped, alone, same):
     model = LanguageModel.wrap(random_hf("llama"), tokenizer(), "settled")
-    compare_prefixes(model, POSTS[1:2], [(torch.tensor([found]), torch.tensor([alone]))])
+    compare_prefixes(model, POSTS[1:2], [(torch.tensor([grouped]), torch.tensor([alone]))])
     assert (model.observed.shares_prefixes, model.observed.n_blocks_compared) == (
         (True, 2) if same else (False, 0)
     )

@@ -11,7 +11,7 @@ from saexp.activations.reader import ShuffledReader
 ACTS = torch.arange(40, dtype=torch.float32)[:, None].expand(40, 3)
 
 
-def taken(reader: ShuffledReader, n: int) -> torch.Tensor:
+def read_rows(reader: ShuffledReader, n: int) -> torch.Tensor:
     return torch.cat([next(reader) for _ in range(n)])[:, 0]
 
 
@@ -22,12 +22,12 @@ def test_a_reader_started_late_goes_on_as_the_first_one_would(batch_size, step, 
     for _ in range(step):
         next(first)
     late = ShuffledReader(ACTS, rows, batch_size, seed, step)
-    assert torch.equal(taken(first, 4), taken(late, 4))
+    assert torch.equal(read_rows(first, 4), read_rows(late, 4))
 
 
 def test_an_epoch_holds_every_chosen_row_once_and_no_other():
     rows = np.arange(1, 40, 3)
-    read = taken(ShuffledReader(ACTS, rows, len(rows), seed=0), 2).long().tolist()
+    read = read_rows(ShuffledReader(ACTS, rows, len(rows), seed=0), 2).long().tolist()
     one, two = read[: len(rows)], read[len(rows) :]
     assert sorted(one) == sorted(two) == rows.tolist()
     assert one != two

@@ -17,8 +17,8 @@ from tests.unit.activations.collecting import (
 
 
 def the_store(cache) -> ActivationStore:
-    (place,) = (cache / "activations").iterdir()
-    return ActivationStore.open(place)
+    (store_folder,) = (cache / "activations").iterdir()
+    return ActivationStore.open(store_folder)
 
 
 @pytest.mark.parametrize("moment", ["before the shard is in place", "before it is listed"])

@@ -55,8 +55,8 @@ def test_activations_on_both_sides_of_the_context_equal_single_rows(name, positi
             tokens = placement.rows["token_index"].to_numpy()[of_text].tolist()
             wanted = hidden_states(name, text.ids)
             for layer in range(2):  # transformers norms the last one
-                found = store.acts(layer)[torch.from_numpy(of_text)]
-                torch.testing.assert_close(found, wanted[layer + 1][0, tokens], **WHOLE)
+                acts = store.acts(layer)[torch.from_numpy(of_text)]
+                torch.testing.assert_close(acts, wanted[layer + 1][0, tokens], **WHOLE)
 
 
 @pytest.mark.parametrize("name", ["phi3_longrope", "llama_dynamic"])
@@ -73,6 +73,6 @@ def test_beginnings_are_shared_on_one_side_of_the_context(name, tmp_path):
 def test_stores_from_before_are_not_taken_for_these_models_alone():
     """Their values depended on what else was in a batch."""
     placement = placed(TEXTS)
-    kept = ingredients(random_lm("llama"), placement, 64, torch.float32)
+    plain = ingredients(random_lm("llama"), placement, 64, torch.float32)
     new = ingredients(rope_lm("llama_dynamic"), placement, 64, torch.float32)
-    assert set(new) - set(kept) == {"rope"}
+    assert set(new) - set(plain) == {"rope"}

@@ -65,10 +65,10 @@ def test_acts_are_memory_mapped_and_writing_to_them_changes_no_file(
     maps = Path("/proc/self/maps")
     if maps.exists():
         assert str(store.path) in maps.read_text()
-    kept, before = acts.clone(), digests(store.path)
+    original, before = acts.clone(), digests(store.path)
     acts += 1
     assert digests(store.path) == before
-    assert torch.equal(ActivationStore.open(store.path).acts(1), kept)
+    assert torch.equal(ActivationStore.open(store.path).acts(1), original)
 
 
 def test_reading_a_store_writes_no_file_into_it(sharded):
@@ -306,9 +306,9 @@ def test_asking_for_what_was_not_collected(sharded):
 
 def test_a_cache_folder_that_cannot_be_written(model, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    for place in (tmp_path / "file", tmp_path / "file" / "deeper"):
-        message = message_of(lambda place=place: run(model, place))
-        assert message.startswith(f"cannot write {place}/activations/")
+    for cache_dir in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        message = message_of(lambda cache_dir=cache_dir: run(model, cache_dir))
+        assert message.startswith(f"cannot write {cache_dir}/activations/")
         assert message.endswith(": Not a directory; choose another cache_dir=")
 
 

@@ -37,9 +37,11 @@ def key(
     model = LanguageModel(ModelConfig(name=str(folder), device="cpu", dtype=computed, **options))
     examples = [Example(id=str(i), text=t) for i, t in enumerate(texts)]
     tokens = tokenize(texts, model.tokenizer, max_length)
-    made = resolve_positions(examples, tokens, All(PositionsConfig(name="all")), model.tokenizer, 0)
-    made = made.take(np.arange(made.n_rows)[keep])
-    return store_key(ingredients(model, made, max_length, dtype))
+    placement = resolve_positions(
+        examples, tokens, All(PositionsConfig(name="all")), model.tokenizer, 0
+    )
+    placement = placement.take(np.arange(placement.n_rows)[keep])
+    return store_key(ingredients(model, placement, max_length, dtype))
 
 
 def weights(folder: Path) -> None:
@@ -65,11 +67,11 @@ CHANGES: list[tuple[str, Callable[[Path], None], dict[str, Any], bool]] = [
 ]
 
 
-@pytest.mark.parametrize(("what", "do", "given", "matters"), CHANGES, ids=[c[0] for c in CHANGES])
+@pytest.mark.parametrize(("what", "do", "options", "matters"), CHANGES, ids=[c[0] for c in CHANGES])
 def test_only_what_changes_the_values_is_in_the_key(
-    folder: Path, what: str, do: Callable[[Path], None], given: dict[str, Any], matters: bool
+    folder: Path, what: str, do: Callable[[Path], None], options: dict[str, Any], matters: bool
 ) -> None:
     before = key(folder)
     assert before == key(folder)
     do(folder)
-    assert (key(folder, **given) != before) == matters, what
+    assert (key(folder, **options) != before) == matters, what

@@ -17,7 +17,7 @@ STATES = ("clean", "sae", "zero", "mean")
 @torch.no_grad()
 def by_hand(
     model: LanguageModel,
-    made: SparseAutoencoder,
+    sae: SparseAutoencoder,
     texts: list[TokenizedText],
     where: Where,
     ratio: float = float("inf"),
@@ -26,7 +26,7 @@ def by_hand(
 
     Positions whose norm is more than `ratio` times the median of what may be spliced keep theirs.
     """
-    into, out = made.hookpoint, made.hookpoint_out or made.hookpoint
+    into, out = sae.hookpoint, sae.hookpoint_out or sae.hookpoint
     streams: list[tuple[Tensor, Tensor]] = []
     masks = []
     for text in texts:
@@ -60,7 +60,7 @@ def by_hand(
                 for token in range(stream.shape[1]):
                     if state == "sae" and spliced[token]:
                         source = read[-1][0, token]
-                        new[0, token] = made.decode(made.encode(source), source)
+                        new[0, token] = sae.decode(sae.encode(source), source)
                     if state == "zero" and ablated[token]:
                         new[0, token] = 0
                     if state == "mean" and ablated[token]:
@@ -96,12 +96,12 @@ def by_hand(
                     row[f"ce_{state}"] -= float(log[token, text.ids[token + 1]])
         rows.append(row)
     sums = pd.DataFrame(rows).drop(columns="kl_clean")
-    acts = made.encode(x)
-    again, target = made.decode(acts, x).double(), target.double()
+    acts = sae.encode(x)
+    again, target = sae.decode(acts, x).double(), target.double()
     error = (target - again).square().sum(-1)
     spread = (target - target.mean(0)).square().sum(-1)
     of_all = every[1].double()
-    lost = (of_all - made.decode(made.encode(every[0]), every[0]).double()).square().sum()
+    lost = (of_all - sae.decode(sae.encode(every[0]), every[0]).double()).square().sum()
     distances = (of_all - of_all.mean(0)).square().sum(-1)
     total = sums.sum()
     ce = {s: total[f"ce_{s}"] / total["n_scored"] for s in STATES}

@@ -41,9 +41,9 @@ ANSWERS, FOILS = [5, 7, 300, 11], [6, 100, 8, 12]
 
 
 def make_sae(hookpoint, d_in=D_MODEL, architecture="standard", **options) -> SparseAutoencoder:
-    found = make.parameters(architecture, d_in)
+    weights = make.parameters(architecture, d_in)
     return SparseAutoencoder(
-        found, SAESettings(architecture=architecture, hookpoint=hookpoint, **options)
+        weights, SAESettings(architecture=architecture, hookpoint=hookpoint, **options)
     )
 
 
@@ -93,10 +93,10 @@ def frozen_norm(model, x, at):
 @pytest.mark.parametrize("foils", [None, FOILS])
 def test_direct_effects_are_those_of_frozen_logits(architecture, foils):
     model, sae = random_lm(architecture), make_sae(LAST)
-    found = attribute(model, sae, PROMPTS, ENDS, ANSWERS, foils)
+    attribution = attribute(model, sae, PROMPTS, ENDS, ANSWERS, foils)
     head = model.hf.get_output_embeddings()
-    assert found.direct is not None
-    direct = found.direct.toarray()
+    assert attribution.direct is not None
+    direct = attribution.direct.toarray()
     for i, prompt in enumerate(PROMPTS[:2]):
         stream, _ = stream_of(model, prompt, LAST)
         x = stream[-1]
@@ -112,7 +112,7 @@ def test_direct_effects_are_those_of_frozen_logits(architecture, foils):
         for latent in active:
             without = x - acts[latent] * sae.W_dec[latent]
             assert direct[i, latent] == pytest.approx(logit(x) - logit(without), abs=1e-4, rel=1e-4)
-    assert found.notes == (
+    assert attribution.notes == (
         ["direct effects are of logits before the soft-cap at 30; gradients are of those after it"]
         if architecture == "gemma2"
         else []
@@ -132,15 +132,15 @@ def test_gradients_equal_finite_differences(architecture, stream, scaling):
     model, point = double(architecture), Hookpoint(1, stream)
     width = stream_of(model, PROMPTS[0], point)[0].shape[-1]
     sae = make_sae(point, width, normalize_activations=scaling).double()
-    found = attribute(model, sae, PROMPTS, SOME, ANSWERS, FOILS)
-    gradient = found.gradient.toarray()
+    attribution = attribute(model, sae, PROMPTS, SOME, ANSWERS, FOILS)
+    gradient = attribution.gradient.toarray()
     step = 1e-5
     for i in (1, 2):
         values, logits = stream_of(model, PROMPTS[i], point)
         x = values[SOME[i]]
         acts = sae.encode(x)
         difference = float(logits[ANSWERS[i]] - logits[FOILS[i]])
-        assert found.logit[i] == pytest.approx(difference, abs=1e-9)
+        assert attribution.logit[i] == pytest.approx(difference, abs=1e-9)
         for latent in acts.sum(0).nonzero()[:3, 0].tolist():
             only = torch.zeros_like(acts)
             only[:, latent] = acts[:, latent]
@@ -169,8 +169,8 @@ def test_where_the_rest_is_linear_all_three_are_the_effect_of_ablation(foils):
         block.self_attn.o_proj.weight.zero_()
         block.mlp.down_proj.weight.zero_()
     sae = make_sae(MIDDLE).double()
-    found = attribute(model, sae, PROMPTS, ENDS, ANSWERS, foils)
-    assert found.direct is not None
+    attribution = attribute(model, sae, PROMPTS, ENDS, ANSWERS, foils)
+    assert attribution.direct is not None
     for i, prompt in enumerate(PROMPTS):
         values, logits = stream_of(model, prompt, MIDDLE)
         acts = sae.encode(values[-1])
@@ -184,8 +184,8 @@ def test_where_the_rest_is_linear_all_three_are_the_effect_of_ablation(foils):
             with edit(model, {MIDDLE: ablate}):
                 _, after = stream_of(model, prompt, MIDDLE)
             effect = (logits - after)[ANSWERS[i]] - ((logits - after)[foils[i]] if foils else 0)
-            assert found.gradient[i, latent] == pytest.approx(float(effect), rel=1e-4)
-            assert found.direct[i, latent] == pytest.approx(float(effect), rel=1e-4)
+            assert attribution.gradient[i, latent] == pytest.approx(float(effect), rel=1e-4)
+            assert attribution.direct[i, latent] == pytest.approx(float(effect), rel=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2"])
@@ -214,20 +214,20 @@ def test_positions_add_up():
 @pytest.mark.usefixtures("float64")
 def test_a_transcoders_latents_act_where_it_writes():
     model = double("qwen2")
-    made = {**make.parameters("standard", D_MODEL, d_out=D_MODEL)}
+    weights = {**make.parameters("standard", D_MODEL, d_out=D_MODEL)}
     reads, writes = Hookpoint(2, "mlp_in"), Hookpoint(2, "mlp_out")
     sae = SparseAutoencoder(
-        made, SAESettings(architecture="standard", hookpoint=reads, hookpoint_out=writes)
+        weights, SAESettings(architecture="standard", hookpoint=reads, hookpoint_out=writes)
     ).double()
-    found = attribute(model, sae, PROMPTS, ENDS, ANSWERS, FOILS)
+    attribution = attribute(model, sae, PROMPTS, ENDS, ANSWERS, FOILS)
     values, _ = stream_of(model, PROMPTS[1], reads)
     acts = sae.encode(values[-1])
-    np.testing.assert_allclose(found.activation.toarray()[1], acts.numpy())
+    np.testing.assert_allclose(attribution.activation.toarray()[1], acts.numpy())
     at_end = attribute(model, make_sae(LAST).double(), PROMPTS, ENDS, ANSWERS, FOILS)
-    np.testing.assert_allclose(found.logit, at_end.logit)
+    np.testing.assert_allclose(attribution.logit, at_end.logit)
     # In the last block what the MLP adds is part of the final stream.
     final, _ = stream_of(model, PROMPTS[1], LAST)
-    assert found.direct is not None
+    assert attribution.direct is not None
     for latent in acts.nonzero()[:5, 0].tolist():
         norms = [
             frozen_norm(model, final[-1] - c * acts[latent] * sae.W_dec[latent], final[-1])
@@ -236,16 +236,18 @@ def test_a_transcoders_latents_act_where_it_writes():
         logits = [model.hf.get_output_embeddings()(n) for n in norms]
         change = logits[0] - logits[1]
         expected = float(change[ANSWERS[1]] - change[FOILS[1]])
-        assert found.direct[1, latent] == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        assert attribution.direct[1, latent] == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
 def test_a_stream_that_is_not_added_has_no_direct_effect():
-    found = attribute(random_lm("llama"), make_sae(Hookpoint(1, "mlp_in")), PROMPTS, ENDS, ANSWERS)
-    assert found.direct is None
-    assert found.notes == [
+    attribution = attribute(
+        random_lm("llama"), make_sae(Hookpoint(1, "mlp_in")), PROMPTS, ENDS, ANSWERS
+    )
+    assert attribution.direct is None
+    assert attribution.notes == [
         "mlp_in is not added to the residual stream, so no latent has a direct effect"
     ]
-    table = found.table(["a"] * 4)
+    table = attribution.table(["a"] * 4)
     assert table[["direct", "direct_ci_low", "direct_ci_high"]].isna().all(axis=None)
     assert table["gradient"].notna().all()
 
@@ -254,23 +256,23 @@ def test_a_stream_that_is_not_added_has_no_direct_effect():
 def test_sums_of_direct_effects_make_up_the_logit():
     """With the SAE's bias and error, the latents' effects are the whole linear logit."""
     model, sae = double("llama"), make_sae(LAST).double()
-    found = attribute(model, sae, PROMPTS, ENDS, ANSWERS, FOILS)
-    assert found.direct is not None
+    attribution = attribute(model, sae, PROMPTS, ENDS, ANSWERS, FOILS)
+    assert attribution.direct is not None
     for i, prompt in enumerate(PROMPTS):
         values, _ = stream_of(model, prompt, LAST)
         x = values[-1]
         rest = x - sae.encode(x) @ sae.W_dec
         logits = model.hf.get_output_embeddings()(frozen_norm(model, rest, x))
         others = float(logits[ANSWERS[i]] - logits[FOILS[i]])
-        total = float(found.direct[[i]].sum()) + others
-        assert total == pytest.approx(float(found.logit[i]), rel=1e-6)
+        total = float(attribution.direct[[i]].sum()) + others
+        assert total == pytest.approx(float(attribution.logit[i]), rel=1e-6)
 
 
 def test_the_table_of_groups():
     gradient = np.array([[1.0, 0, -4], [3, 0, 0], [0, 5, 0]])
     csr = sparse.csr_array(gradient)
-    found = Attribution(sparse.csr_array(csr * 2), csr, csr, np.zeros(3), [])
-    table = found.table(["a", "a", "b"])
+    attribution = Attribution(sparse.csr_array(csr * 2), csr, csr, np.zeros(3), [])
+    table = attribution.table(["a", "a", "b"])
     assert table["group"].tolist() == ["a", "a", "b"]
     assert table["latent"].tolist() == [0, 2, 1]
     assert table["gradient"].tolist() == [2, -2, 5]
@@ -279,27 +281,27 @@ def test_the_table_of_groups():
     assert table["n_prompts"].tolist() == [2, 2, 1]
     assert table["n_units"].tolist() == [2, 2, 1]
     with pytest.raises(DataError, match="^2 groups for 3 prompts"):
-        found.table(["a", "b"])
+        attribution.table(["a", "b"])
     with pytest.raises(DataError, match="^1 units for 3 prompts"):
-        found.table(["a", "a", "b"], ["x"])
+        attribution.table(["a", "a", "b"], ["x"])
 
 
 def test_means_and_intervals_are_over_entities():
     rng = np.random.default_rng(1)
     shape, rates = (60, 6), [0.9, 0.7, 0.5, 0.4, 0.3, 0.02]
-    made = [
+    matrices = [
         sparse.csr_array(rng.normal(0.4, 1.0, shape) * (rng.random(shape) < rates))
         for _ in range(3)
     ]
-    for matrix in made[1:]:
+    for matrix in matrices[1:]:
         matrix.data[:] = rng.normal(0.4, 1.0, matrix.nnz)
-    found = Attribution(made[0], made[1], made[2], np.zeros(60), [])
+    attribution = Attribution(matrices[0], matrices[1], matrices[2], np.zeros(60), [])
     # Entities of one to three prompts; those of the second group are fewer than an interval needs.
     sizes = [1, 2, 3] * 8 + [2] * 6
     units = np.repeat([f"entity {i}" for i in range(30)], sizes)
     groups = ["a"] * 48 + ["b"] * 12
-    table = found.table(groups, units.tolist()).set_index(["group", "latent"])
-    for name, values in zip(("activation", "direct", "gradient"), made, strict=True):
+    table = attribution.table(groups, units.tolist()).set_index(["group", "latent"])
+    for name, values in zip(("activation", "direct", "gradient"), matrices, strict=True):
         dense = values.toarray()
         entities = np.stack([dense[units == f"entity {i}"].mean(0) for i in range(24)])
         for latent in np.flatnonzero(dense[:48].any(0)):
@@ -314,17 +316,17 @@ def test_means_and_intervals_are_over_entities():
     assert table.loc[("a", 5), "gradient_ci_low"] != table.loc[("a", 5), "gradient_ci_low"]
     assert table["n_units"].unique().tolist() == [24, 6]
     assert table.loc["b", "gradient_ci_low"].isna().all()
-    alone = found.table(["a"] * 60, ["one entity"] * 60)
+    alone = attribution.table(["a"] * 60, ["one entity"] * 60)
     assert alone["gradient_ci_low"].isna().all()
 
 
 def test_no_latent_active():
     sae = make_sae(MIDDLE)
     sae.b_enc -= 1e6
-    found = attribute(random_lm("gpt2"), sae, PROMPTS, ENDS, ANSWERS)
-    assert found.gradient.shape == (4, sae.d_sae)
-    assert found.gradient.nnz == 0
-    assert found.table(["a", "b", "a", "b"]).empty
+    attribution = attribute(random_lm("gpt2"), sae, PROMPTS, ENDS, ANSWERS)
+    assert attribution.gradient.shape == (4, sae.d_sae)
+    assert attribution.gradient.nnz == 0
+    assert attribution.table(["a", "b", "a", "b"]).empty
 
 
 def test_nothing_is_left_on_the_model():

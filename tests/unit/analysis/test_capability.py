@@ -222,8 +222,8 @@ def test_an_answer_that_merges_with_the_prompt_is_a_counted_skip() -> None:
         Example(id="empty", text="The player", answers=("",)),
     ]
     assert lm.tokenizer("The player")["input_ids"][:3] != lm.tokenizer("The pla")["input_ids"][:3]
-    found, skips = questions(examples, lm, 512)
-    assert [q.example.id for q in found] == ["whole"]
+    asked, skips = questions(examples, lm, 512)
+    assert [q.example.id for q in asked] == ["whole"]
     assert {s.example_id: s.reason for s in skips} == {
         "cut": "answer merges with the prompt's last token",
         "none": "no answer",
@@ -265,8 +265,8 @@ def test_answers_without_their_space_get_it_and_are_noted(model: LanguageModel) 
 def test_chat_prompts_stand_in_their_template() -> None:
     lm = LanguageModel.wrap(random_hf("llama"), tokenizer(chat=True), name="chat")
     lm.cfg.chat = True
-    found, _ = questions([Example(id="1", text="The player", answers=(" Fenlet",))], lm, 512)
-    question = found[0]
+    asked, _ = questions([Example(id="1", text="The player", answers=(" Fenlet",))], lm, 512)
+    question = asked[0]
     assert question.example.text == "<bos>user: The player\nmodel:"
     assert question.tokens.ids.count(lm.tokenizer.bos_token_id) == 1
     ids = lm.tokenizer("Fenlet", add_special_tokens=False)["input_ids"]
@@ -275,8 +275,8 @@ def test_chat_prompts_stand_in_their_template() -> None:
 
 def test_the_prompt_of_the_data_counts_where_there_is_one(model: LanguageModel) -> None:
     entity = saexp.build("dataset", saexp.compose([]).dataset).examples[0]
-    found, _ = questions([entity], model, 512)
-    assert found[0].example.text == entity.prompt != entity.text
+    asked, _ = questions([entity], model, 512)
+    assert asked[0].example.text == entity.prompt != entity.text
 
 
 def test_invalid_settings_are_refused() -> None:

@@ -46,9 +46,9 @@ def table(result: Result) -> pd.DataFrame:
 
 def test_columns_of_the_contract(result: Result) -> None:
     """CONTRACT.md: latents.parquet."""
-    found = set(result.tables["latents"].columns)
-    assert {"latent", "layer", "background_freq", "selected", *PROMISED} <= found
-    assert {f"{name}_test" for name in TWINS} <= found
+    columns = set(result.tables["latents"].columns)
+    assert {"latent", "layer", "background_freq", "selected", *PROMISED} <= columns
+    assert {f"{name}_test" for name in TWINS} <= columns
     assert (result.tables["latents"]["layer"] == 4).all()
 
 
@@ -86,17 +86,19 @@ def test_why_the_others_are_not_selected(table: pd.DataFrame) -> None:
     assert table["background_freq"][LOUD] == 0.1
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(0.019, []), (0.0191, [KNOWN]), (0.2, [LOUD, KNOWN])])
-def test_background_filter(limit: float, kept: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(0.019, []), (0.0191, [KNOWN]), (0.2, [LOUD, KNOWN])]
+)
+def test_background_filter(limit: float, expected: list[int]) -> None:
     """At the limit or above is out: KNOWN fires on 1.9 % of background rows, LOUD on 10 %."""
-    made = contrast(DENSE, ROWS, background_max=limit).tables["latents"]
-    chosen = made[made["selected"] & (made["direction"] == "known")].sort_values("rank")
-    assert chosen["latent"].tolist() == kept
+    latents = contrast(DENSE, ROWS, background_max=limit).tables["latents"]
+    chosen = latents[latents["selected"] & (latents["direction"] == "known")].sort_values("rank")
+    assert chosen["latent"].tolist() == expected
 
 
 def test_top_k() -> None:
-    made = contrast(DENSE, ROWS, background_max=0.2, top_k=1).tables["latents"]
-    assert made[made["selected"]]["latent"].tolist() == [UNKNOWN, LOUD]
+    latents = contrast(DENSE, ROWS, background_max=0.2, top_k=1).tables["latents"]
+    assert latents[latents["selected"]]["latent"].tolist() == [UNKNOWN, LOUD]
 
 
 LABELS = ["unit", "group", "split", "entity_type"]
@@ -137,8 +139,8 @@ def test_numbers_are_those_of_pandas(table: pd.DataFrame, split: str) -> None:
     expected["auroc"] = np.mean(aurocs, axis=0)
     oriented = np.where(sign > 0, aurocs, 1 - np.array(aurocs))
     expected["min_auroc"] = oriented.min(axis=0)
-    found = table[[f"{c}{suffix}" for c in expected]]
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+    actual = table[[f"{c}{suffix}" for c in expected]]
+    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-9)
     p = stratified_p(means, known, kind, fired)
     common = (means > 0).sum()[fired] >= FEW
     assert 0 < (~common).sum() < len(p) / 2
@@ -155,7 +157,7 @@ def stratified_p(
     means: pd.DataFrame, known: np.ndarray, kind: np.ndarray, latents: pd.Index
 ) -> pd.Series:
     """Van Elteren's test of types of equal sizes, normal approximation: U summed over them."""
-    found = {}
+    p_values = {}
     for latent in latents:
         deviation = variance = 0.0
         for name in TYPES:
@@ -165,8 +167,8 @@ def stratified_p(
             deviation += ranks[first].sum() - m * (n + 1) / 2
             variance += m * (n - m) / n * ranks.var(ddof=1)
         z = (abs(deviation) - 0.5) / np.sqrt(variance)
-        found[latent] = min(1.0, 2 * stats.norm.sf(z))
-    return pd.Series(found)
+        p_values[latent] = min(1.0, 2 * stats.norm.sf(z))
+    return pd.Series(p_values)
 
 
 def changed(split: str) -> pd.DataFrame:
@@ -218,9 +220,9 @@ def test_a_latent_is_active_on_a_fraction_of_an_entitys_rows() -> None:
     once = ~ROWS["unit"].duplicated().to_numpy()
     dense[once, 0] = 1
     dense[:, 1] = 1
-    made = contrast(dense, ROWS).tables["latents"].set_index("latent")
-    assert made["freq_known"].tolist() == [0.5, 1.0]
-    assert made["freq_unknown_test"].tolist() == [0.5, 1.0]
+    latents = contrast(dense, ROWS).tables["latents"].set_index("latent")
+    assert latents["freq_known"].tolist() == [0.5, 1.0]
+    assert latents["freq_unknown_test"].tolist() == [0.5, 1.0]
 
 
 def test_metrics_are_of_the_first_ranked(table: pd.DataFrame, result: Result) -> None:
@@ -241,12 +243,12 @@ def test_metrics_are_of_the_first_ranked(table: pd.DataFrame, result: Result) ->
             if flipped:
                 sep, auroc = -sep, 1 - auroc
                 ci, sci = [1 - ci[1], 1 - ci[0]], [-sci[1], -sci[0]]
-            found = [
+            values = [
                 metrics[f"best_{name}_{group}{end}{suffix}"]
                 for name in ("auroc", "separation")
                 for end in ("", "_ci_low", "_ci_high")
             ]
-            assert found == pytest.approx([auroc, *ci, sep, *sci])
+            assert values == pytest.approx([auroc, *ci, sep, *sci])
             assert 0.5 < ci[0] <= auroc <= ci[1]
             assert metrics[f"best_min_separation_{group}{suffix}"] == row[f"min_separation{suffix}"]
             assert metrics[f"best_min_auroc_{group}{suffix}"] == row[f"min_auroc{suffix}"]
@@ -264,19 +266,19 @@ def test_p_values_of_the_leading_latents_are_corrected_by_holm(
     for group, best, strongest in (("known", KNOWN, ALWAYS), ("unknown", UNKNOWN, UNKNOWN)):
         for kind, latent in (("best", best), ("strongest", strongest)):
             assert result.metrics[f"contrast/{kind}_latent_{group}"] == latent
-            found = result.metrics[f"contrast/{kind}_p_value_{group}_test"]
-            assert found == pytest.approx(expected[latent])
+            p_value = result.metrics[f"contrast/{kind}_p_value_{group}_test"]
+            assert p_value == pytest.approx(expected[latent])
 
 
 def test_an_entity_of_both_groups_counts_in_each() -> None:
     """As if its rows in either group were another entity's, and it is said."""
     mixed = ROWS.assign(unit=ROWS["unit"].str.replace("-unknown-", "-known-"))
-    made = contrast(DENSE, mixed)
-    mixed_notes = [note for note in made.notes if "rows of both groups" in note]
+    mixed_result = contrast(DENSE, mixed)
+    mixed_notes = [note for note in mixed_result.notes if "rows of both groups" in note]
     assert mixed_notes and mixed_notes[0].startswith(str(mixed["unit"].nunique()))
     parted = contrast(DENSE, ROWS)
-    pd.testing.assert_frame_equal(made.tables["latents"], parted.tables["latents"])
-    for m, n in ((made.metrics, 60), (parted.metrics, 120)):
+    pd.testing.assert_frame_equal(mixed_result.tables["latents"], parted.tables["latents"])
+    for m, n in ((mixed_result.metrics, 60), (parted.metrics, 120)):
         assert m["contrast/n_units_train"] == n
         assert m["contrast/n_units_known"] == m["contrast/n_units_unknown"] == 60
     assert not any("rows of both groups" in note for note in parted.notes)

@@ -77,11 +77,11 @@ def test_groups_of_no_row() -> None:
 
 
 def test_two_entities_a_group_are_enough() -> None:
-    kept = ROWS.groupby(["split", "group"])["unit"].transform(lambda u: u.isin(u.unique()[:2]))
-    keep = kept.to_numpy(dtype=bool)
-    made = contrast(DENSE[keep], ROWS[keep].reset_index(drop=True).assign(entity_type="city"))
-    assert made.metrics["contrast/n_units_train"] == 4
-    assert made.metrics["contrast/n_significant"] == 0
+    in_subset = ROWS.groupby(["split", "group"])["unit"].transform(lambda u: u.isin(u.unique()[:2]))
+    keep = in_subset.to_numpy(dtype=bool)
+    result = contrast(DENSE[keep], ROWS[keep].reset_index(drop=True).assign(entity_type="city"))
+    assert result.metrics["contrast/n_units_train"] == 4
+    assert result.metrics["contrast/n_significant"] == 0
 
 
 def test_rows_without_split_or_group() -> None:
@@ -93,20 +93,20 @@ def test_rows_without_split_or_group() -> None:
     rows.loc[third, "group"] = "maybe"
     keep = ~(unsplit | third).to_numpy()
     fewer = ROWS[keep].reset_index(drop=True)
-    found, expected = contrast(DENSE, rows), contrast(DENSE[keep], fewer)
-    assert found.metrics["contrast/n_units_train"] == expected.metrics["contrast/n_units_train"]
-    pd.testing.assert_frame_equal(found.tables["latents"], expected.tables["latents"])
+    result, expected = contrast(DENSE, rows), contrast(DENSE[keep], fewer)
+    assert result.metrics["contrast/n_units_train"] == expected.metrics["contrast/n_units_train"]
+    pd.testing.assert_frame_equal(result.tables["latents"], expected.tables["latents"])
 
 
 def test_nothing_fires() -> None:
-    made = contrast(np.zeros_like(DENSE), ROWS)
-    assert made.tables["latents"].empty
-    assert {"separation", "auroc_test", "q_value", "selected"} <= set(made.tables["latents"])
+    result = contrast(np.zeros_like(DENSE), ROWS)
+    assert result.tables["latents"].empty
+    assert {"separation", "auroc_test", "q_value", "selected"} <= set(result.tables["latents"])
     for name in ("n_tested", "n_significant", "n_significant_test", "n_selected_known"):
-        assert made.metrics[f"contrast/{name}"] == 0
-    assert made.metrics["contrast/best_latent_known"] is None
-    assert made.metrics["contrast/best_auroc_unknown_ci_low_test"] is None
-    assert made.notes == [
+        assert result.metrics[f"contrast/{name}"] == 0
+    assert result.metrics["contrast/best_latent_known"] is None
+    assert result.metrics["contrast/best_auroc_unknown_ci_low_test"] is None
+    assert result.notes == [
         "no latent is associated with 'known' at a q-value <= 0.05",
         "no latent is associated with 'unknown' at a q-value <= 0.05",
     ]
@@ -116,17 +116,17 @@ def test_no_difference() -> None:
     """Noise only: a note for each group, nothing selected."""
     rows = ROWS.assign(group=np.where(ROWS["unit"].str[-1].isin(list("02468")), "known", "unknown"))
     noise = activations(ROWS.assign(group="known"))
-    made = contrast(noise, rows)
-    assert made.metrics["contrast/n_significant"] == 0
-    assert not made.tables["latents"]["selected"].any()
-    assert [n.split("'")[1] for n in made.notes] == ["known", "unknown"]
+    result = contrast(noise, rows)
+    assert result.metrics["contrast/n_significant"] == 0
+    assert not result.tables["latents"]["selected"].any()
+    assert [n.split("'")[1] for n in result.notes] == ["known", "unknown"]
 
 
 def test_groups_that_share_no_entity_type() -> None:
     """A note, and the minimum is over all entities."""
     alone = np.where(ROWS["group"] == "known", "city", "movie")
-    made = contrast(DENSE, ROWS.assign(entity_type=alone))
-    table = made.tables["latents"].set_index("latent")
+    result = contrast(DENSE, ROWS.assign(entity_type=alone))
+    table = result.tables["latents"].set_index("latent")
     sign = np.where(table["direction"] == "known", 1, -1)
     for suffix in ("", "_test"):
         auroc = table[f"auroc{suffix}"]
@@ -138,7 +138,7 @@ def test_groups_that_share_no_entity_type() -> None:
         )
     assert not [c for c in table if c.startswith(("separation_city", "separation_movie"))]
     assert {KNOWN, UNKNOWN} <= set(table.index[table["selected"]])
-    assert [note for note in made.notes if "higher train AUROC" not in note] == [
+    assert [note for note in result.notes if "higher train AUROC" not in note] == [
         f"split {split}: known and unknown have no entity type in common, so all entities are "
         "compared together and differences between types count as differences between the groups; "
         "min_separation and min_auroc are computed over all entities"
@@ -160,10 +160,10 @@ def test_entities_of_a_type_that_one_group_lacks_are_in_no_number() -> None:
     """As if their rows were not there, with a note that counts them."""
     lone = (ROWS["group"] == "known") & ROWS["unit"].str.endswith(("-3", "-7"))
     rows = ROWS.assign(entity_type=ROWS["entity_type"].mask(lone, "song"))
-    found = contrast(DENSE, rows)
+    result = contrast(DENSE, rows)
     keep = (~lone).to_numpy()
     expected = contrast(DENSE[keep], ROWS[keep].reset_index(drop=True))
-    pd.testing.assert_frame_equal(found.tables["latents"], expected.tables["latents"])
+    pd.testing.assert_frame_equal(result.tables["latents"], expected.tables["latents"])
     n = {
         split: rows[lone & (rows["split"] == split)]["unit"].nunique()
         for split in ("train", "test")
@@ -172,7 +172,7 @@ def test_entities_of_a_type_that_one_group_lacks_are_in_no_number() -> None:
         assert (
             f"split {split}: {left_out} entities left out because only one group has their entity "
             f"type: {left_out} of song (known)"
-        ) in found.notes
+        ) in result.notes
 
 
 def test_groups_of_types_in_other_proportions_are_in_a_note() -> None:
@@ -190,24 +190,24 @@ def test_groups_of_types_in_other_proportions_are_in_a_note() -> None:
 
 def test_rows_without_a_type_are_a_type_of_their_own() -> None:
     rows = ROWS.assign(entity_type=ROWS["entity_type"].where(ROWS["entity_type"] == "city"))
-    found, expected = contrast(DENSE, rows), contrast(DENSE, ROWS)
+    result, expected = contrast(DENSE, rows), contrast(DENSE, ROWS)
     columns = ["auroc", "p_value", "separation", "min_auroc", "ci_low", "p_value_test"]
     pd.testing.assert_frame_equal(
-        found.tables["latents"][columns], expected.tables["latents"][columns]
+        result.tables["latents"][columns], expected.tables["latents"][columns]
     )
-    assert found.notes == expected.notes
+    assert result.notes == expected.notes
 
 
 @pytest.mark.parametrize("missing", [None, ""])
 def test_without_entity_types(missing: str | None) -> None:
-    made = contrast(DENSE, ROWS.assign(entity_type=missing))
-    table = made.tables["latents"].set_index("latent")
+    result = contrast(DENSE, ROWS.assign(entity_type=missing))
+    table = result.tables["latents"].set_index("latent")
     assert not [
         c for c in table if c.startswith("separation_") and "ci" not in c and c != "separation_test"
     ]
     sign = np.where(table["direction"] == "known", 1, -1)
     np.testing.assert_allclose(table["min_separation"], sign * table["separation"])
-    assert not any("entity type" in note for note in made.notes)
+    assert not any("entity type" in note for note in result.notes)
 
 
 def test_without_background() -> None:
@@ -222,9 +222,9 @@ def test_without_background() -> None:
         latents=Latents(sparse.csr_array(DENSE), ROWS), groups=("known", "unknown"), layer=0
     )
     table = ContrastAnalyzer(AnalyzerConfig(name="contrast")).analyze(inputs)
-    made = table.tables["latents"]
-    assert made["background_freq"].isna().all()
-    assert made["selected"].sum() >= 3
+    latents = table.tables["latents"]
+    assert latents["background_freq"].isna().all()
+    assert latents["selected"].sum() >= 3
 
 
 def test_names_of_unequal_length_are_matched() -> None:
@@ -237,17 +237,19 @@ def test_names_of_unequal_length_are_matched() -> None:
         ROWS["group"] == "unknown", ROWS["unit"].map(more), 0
     )
     rows = ROWS.assign(n_entity_tokens=pd.array(tokens, dtype="Int64"))
-    made = contrast(DENSE, rows)
-    dropped = made.metrics["contrast/n_dropped_by_matching"]
+    result = contrast(DENSE, rows)
+    dropped = result.metrics["contrast/n_dropped_by_matching"]
     assert isinstance(dropped, int)
     assert 0 < dropped < len(units) / 2
-    assert made.metrics["contrast/token_count_p_value"] < 0.05  # type: ignore[operator]
-    assert made.notes[0].endswith(f"{dropped} of {len(units)} entities were dropped to match them")
-    table = made.tables["latents"]
+    assert result.metrics["contrast/token_count_p_value"] < 0.05  # type: ignore[operator]
+    assert result.notes[0].endswith(
+        f"{dropped} of {len(units)} entities were dropped to match them"
+    )
+    table = result.tables["latents"]
     assert (table["n_known"] == table["n_unknown"]).all()
-    kept = contrast(DENSE, rows, match_tokens=False)
-    assert kept.metrics["contrast/n_dropped_by_matching"] == 0
-    assert kept.metrics["contrast/n_units_train"] == 120
+    unmatched = contrast(DENSE, rows, match_tokens=False)
+    assert unmatched.metrics["contrast/n_dropped_by_matching"] == 0
+    assert unmatched.metrics["contrast/n_units_train"] == 120
 
 
 def test_how_often_and_how_strongly_must_agree() -> None:
@@ -306,11 +308,11 @@ def test_better_latents_that_fire_on_any_text_are_named() -> None:
 def test_perfect_separation_has_an_interval_below_1() -> None:
     dense = np.zeros_like(DENSE)
     dense[:, 3] = (ROWS["group"] == "known").to_numpy()
-    made = contrast(dense, ROWS).metrics
+    metrics = contrast(dense, ROWS).metrics
     for name in ("auroc", "separation"):
-        assert made[f"contrast/best_{name}_known_test"] == 1
-        assert made[f"contrast/best_{name}_known_ci_high_test"] == 1
-        assert 0.8 < made[f"contrast/best_{name}_known_ci_low_test"] < 0.96  # type: ignore[operator]
+        assert metrics[f"contrast/best_{name}_known_test"] == 1
+        assert metrics[f"contrast/best_{name}_known_ci_high_test"] == 1
+        assert 0.8 < metrics[f"contrast/best_{name}_known_ci_low_test"] < 0.96  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(("n", "has_interval"), [(9, False), (10, True)])
@@ -318,11 +320,11 @@ def test_few_entities_have_no_interval(n: int, has_interval: bool) -> None:
     """9 known test entities against 40 unknown."""
     units = ROWS.loc[(ROWS["split"] == "test") & (ROWS["group"] == "known"), "unit"].unique()
     keep = (~ROWS["unit"].isin(units[n:])).to_numpy()
-    made = contrast(DENSE[keep], ROWS[keep].reset_index(drop=True))
+    result = contrast(DENSE[keep], ROWS[keep].reset_index(drop=True))
     bounds = [f"{c}ci_{end}_test" for c in ("", "separation_") for end in ("low", "high")]
-    assert made.tables["latents"][bounds].notna().all(axis=None) == has_interval
-    assert made.tables["latents"]["ci_low"].notna().all()
-    metric = made.metrics["contrast/best_auroc_known_ci_low_test"]
+    assert result.tables["latents"][bounds].notna().all(axis=None) == has_interval
+    assert result.tables["latents"]["ci_low"].notna().all()
+    metric = result.metrics["contrast/best_auroc_known_ci_low_test"]
     assert (metric is not None) == has_interval
     note = "split test: a group has only 9 entities; intervals need at least 10"
-    assert (note in made.notes) == (not has_interval)
+    assert (note in result.notes) == (not has_interval)

@@ -33,14 +33,14 @@ def test_a_type_with_one_group_does_not_count() -> None:
     first = np.array([True] * 30 + [False] * 30 + [True] * 50)
     strata = np.array(["a"] * 60 + ["b"] * 50, dtype=object)
     split = units(first, strata)
-    found = contrast_power(split, split, 10, 1, 0.05).metrics
-    assert found["power/auroc_train"] == pytest.approx(detectable_auroc([(30, 30)], 0.005))
+    power = contrast_power(split, split, 10, 1, 0.05).metrics
+    assert power["power/auroc_train"] == pytest.approx(detectable_auroc([(30, 30)], 0.005))
 
 
 def test_where_nothing_could_be_found_a_note_says_so() -> None:
     first = np.arange(8) < 4
     split = units(first, np.zeros(8))
-    found = contrast_power(split, split, 1000, 0, 0.05)
-    assert found.metrics["power/auroc_train"] is None
-    assert found.notes[0].startswith("split train is too small to detect any latent")
-    assert "p > 5e-05" in found.notes[0]
+    power = contrast_power(split, split, 1000, 0, 0.05)
+    assert power.metrics["power/auroc_train"] is None
+    assert power.notes[0].startswith("split train is too small to detect any latent")
+    assert "p > 5e-05" in power.notes[0]

@@ -22,7 +22,7 @@ TEMPLATES = ("In a word: {} is", "We call it {} and", "So far {} has")
 SURFACE = "contrast/surface_auroc_test"
 
 
-def made(second: str = "abcdefij", *, entities: bool = True) -> AnalysisInputs:
+def make_inputs(second: str = "abcdefij", *, entities: bool = True) -> AnalysisInputs:
     """Entities of one to three rows, each in a template of its own; names of equal length, those
     of the second group of other letters."""
     table = rows_table()
@@ -51,7 +51,7 @@ def contrast(inputs: AnalysisInputs, **options: object) -> Result:
 
 @pytest.fixture(scope="module")
 def inputs() -> AnalysisInputs:
-    return made()
+    return make_inputs()
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def one_row_each(inputs: AnalysisInputs) -> AnalysisInputs:
 def test_its_auroc_is_the_weighted_mean_over_types_of_sklearns(inputs: AnalysisInputs) -> None:
     """By hand, on data of one row an entity."""
     single = one_row_each(inputs)
-    found = contrast(single).metrics
+    metrics = contrast(single).metrics
     rows = single.latents.rows
     read, first = read_texts(rows, single.texts), (rows["group"] == "known").to_numpy()
     train, test = (np.flatnonzero(rows["split"] == s) for s in ("train", "test"))
@@ -80,31 +80,31 @@ def test_its_auroc_is_the_weighted_mean_over_types_of_sklearns(inputs: AnalysisI
     weights = stratum_weights(first[test], types)
     assert set(weights) == set(TYPES)
     aurocs = {t: roc_auc_score(first[test][types == t], scores[types == t]) for t in TYPES}
-    assert found[SURFACE] == pytest.approx(sum(weights[t] * aurocs[t] for t in TYPES))
-    assert 0.6 < found[SURFACE] < 1
-    assert found[f"{SURFACE}_ci_low"] < found[SURFACE] < found[f"{SURFACE}_ci_high"]
+    assert metrics[SURFACE] == pytest.approx(sum(weights[t] * aurocs[t] for t in TYPES))
+    assert 0.6 < metrics[SURFACE] < 1
+    assert metrics[f"{SURFACE}_ci_low"] < metrics[SURFACE] < metrics[f"{SURFACE}_ci_high"]
     for group in GROUPS:
-        difference = found[f"contrast/best_auroc_{group}_test"] - found[SURFACE]
+        difference = metrics[f"contrast/best_auroc_{group}_test"] - metrics[SURFACE]
         key = f"contrast/best_minus_surface_{group}_test"
-        assert found[key] == pytest.approx(difference)
-        assert found[f"{key}_ci_low"] < difference < found[f"{key}_ci_high"]
+        assert metrics[key] == pytest.approx(difference)
+        assert metrics[f"{key}_ci_low"] < difference < metrics[f"{key}_ci_high"]
 
 
 def test_names_of_equal_length_and_other_tokens_are_surface_cues() -> None:
     """What a latent knows of them cannot be distinguished from what the names' letters say."""
-    found = contrast(made("ijklmnop")).metrics
-    assert found[SURFACE] > 0.97
-    assert found["contrast/best_minus_surface_known_test_ci_low"] < 0
+    metrics = contrast(make_inputs("ijklmnop")).metrics
+    assert metrics[SURFACE] > 0.97
+    assert metrics["contrast/best_minus_surface_known_test_ci_low"] < 0
 
 
 def test_names_of_the_same_letters_are_not_surface_cues() -> None:
-    found = contrast(made("abcdefgh")).metrics
-    assert found[f"{SURFACE}_ci_low"] < 0.5 < found[f"{SURFACE}_ci_high"]
-    assert found["contrast/best_minus_surface_known_test_ci_low"] > 0.2
+    metrics = contrast(make_inputs("abcdefgh")).metrics
+    assert metrics[f"{SURFACE}_ci_low"] < 0.5 < metrics[f"{SURFACE}_ci_high"]
+    assert metrics["contrast/best_minus_surface_known_test_ci_low"] > 0.2
 
 
 def test_plain_texts_without_entities() -> None:
-    assert contrast(made("ijklmnop", entities=False)).metrics[SURFACE] > 0.9
+    assert contrast(make_inputs("ijklmnop", entities=False)).metrics[SURFACE] > 0.9
 
 
 def test_labels_of_the_test_split_do_not_enter_the_fit(
@@ -134,10 +134,10 @@ def test_where_cross_validation_is_impossible_a_note_says_so(inputs: AnalysisInp
     observed, _ = observations(inputs.latents, GROUPS, 0)
     train, test = (split_of(observed, GROUPS, name, 0)[0] for name in ("train", "test"))
     one = replace(train, units=train.units.assign(unit="the same"))
-    found = compare_with_surface(inputs, observed, one, test, {"known": KNOWN}, 0)
-    assert set(found.metrics.values()) == {None}
-    assert len(found.metrics) == 7
-    (note,) = found.notes
+    comparison = compare_with_surface(inputs, observed, one, test, {"known": KNOWN}, 0)
+    assert set(comparison.metrics.values()) == {None}
+    assert len(comparison.metrics) == 7
+    (note,) = comparison.notes
     assert note.startswith(f"the surface baseline ({SURFACE}) was not fitted: too few units")
 
 
@@ -149,6 +149,6 @@ def test_without_a_selected_latent_there_is_nothing_to_compare(inputs: AnalysisI
     dense = np.zeros((len(inputs.latents.rows), 3), dtype=np.float32)
     dense[:, 0] = 1
     nothing = Latents(sparse.csr_array(dense), inputs.latents.rows)
-    found = contrast(replace(inputs, latents=nothing)).metrics
-    assert found[SURFACE] is not None
-    assert found["contrast/best_minus_surface_known_test"] is None
+    metrics = contrast(replace(inputs, latents=nothing)).metrics
+    assert metrics[SURFACE] is not None
+    assert metrics["contrast/best_minus_surface_known_test"] is None

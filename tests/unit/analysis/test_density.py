@@ -84,8 +84,8 @@ def test_the_strongest_latent_is_reported_whatever_the_limit() -> None:
         for metric, column in (("auroc", "auroc"), ("auroc", "ci_low"), ("separation", "ci_high")):
             end = "" if column == metric else f"_{column}"
             column = f"{metric}_{column}" if metric == "separation" else column
-            found = result.metrics[f"contrast/strongest_{metric}_known{end}{suffix}"]
-            assert found == table.loc[RIGHT, f"{column}{suffix}"]
+            value = result.metrics[f"contrast/strongest_{metric}_known{end}{suffix}"]
+            assert value == table.loc[RIGHT, f"{column}{suffix}"]
     # Chosen on train: the test split may have a stronger one.
     significant = table[(table["q_value"] <= 0.05) & (table["direction"] == "known")]
     assert significant["auroc"].idxmax() == RIGHT

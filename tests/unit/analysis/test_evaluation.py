@@ -74,12 +74,12 @@ def model_with_sinks() -> LanguageModel:
 def assert_equal_by_hand(
     one: Evaluation,
     model: LanguageModel,
-    made: SparseAutoencoder,
+    autoencoder: SparseAutoencoder,
     texts: list[TokenizedText],
     where: Where | None = None,
     ratio: float = float("inf"),
 ) -> None:
-    sums, metrics, fired = by_hand(model, made, texts, where or Where(), ratio)
+    sums, metrics, fired = by_hand(model, autoencoder, texts, where or Where(), ratio)
     for name in sums:
         np.testing.assert_allclose(
             one.texts[name], sums[name], rtol=1e-3, atol=2e-3, err_msg=str(name)
@@ -103,10 +103,10 @@ def assert_same(one: Evaluation, other: Evaluation, rtol: float = 1e-4) -> None:
 @EVERY
 def test_equals_a_plain_loop(architecture: str) -> None:
     model = random_lm(architecture)
-    made = [sae("jumprelu", Hookpoint(1, "resid_post"))]
-    (one,) = evaluate_saes(model, made, TOKENS)
+    saes = [sae("jumprelu", Hookpoint(1, "resid_post"))]
+    (one,) = evaluate_saes(model, saes, TOKENS)
     assert one.resumed
-    assert_equal_by_hand(one, model, made[0], TOKENS)
+    assert_equal_by_hand(one, model, saes[0], TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -126,18 +126,18 @@ def test_equals_a_plain_loop(architecture: str) -> None:
 )
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2"])
 def test_every_stream(architecture: str, at: Hookpoint) -> None:
-    model, made = random_lm(architecture), sae("gated", at)
-    (one,) = evaluate_saes(model, [made], TOKENS[:4])
-    assert_equal_by_hand(one, model, made, TOKENS[:4])
+    model, autoencoder = random_lm(architecture), sae("gated", at)
+    (one,) = evaluate_saes(model, [autoencoder], TOKENS[:4])
+    assert_equal_by_hand(one, model, autoencoder, TOKENS[:4])
 
 
 def test_heads_of_attention() -> None:
     model, at = random_lm("llama"), Hookpoint(1, "attn_z")
-    made = SparseAutoencoder(
+    autoencoder = SparseAutoencoder(
         parameters("standard", D_MODEL, 40), SAESettings(architecture="standard", hookpoint=at)
     )
-    (one,) = evaluate_saes(model, [made], TOKENS)
-    assert_equal_by_hand(one, model, made, TOKENS)
+    (one,) = evaluate_saes(model, [autoencoder], TOKENS)
+    assert_equal_by_hand(one, model, autoencoder, TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -146,17 +146,17 @@ def test_heads_of_attention() -> None:
     ids=str,
 )
 def test_saes_whose_scale_depends_on_the_row(options: dict) -> None:
-    made = sae(**{"architecture": "standard", **options})
+    autoencoder = sae(**{"architecture": "standard", **options})
     model = random_lm("gpt_neox")
-    (one,) = evaluate_saes(model, [made], TOKENS)
-    assert_equal_by_hand(one, model, made, TOKENS)
+    (one,) = evaluate_saes(model, [autoencoder], TOKENS)
+    assert_equal_by_hand(one, model, autoencoder, TOKENS)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_transcoders(architecture: str) -> None:
-    model, made = random_lm(architecture), transcoder()
-    (one,) = evaluate_saes(model, [made], TOKENS)
-    assert_equal_by_hand(one, model, made, TOKENS)
+    model, autoencoder = random_lm(architecture), transcoder()
+    (one,) = evaluate_saes(model, [autoencoder], TOKENS)
+    assert_equal_by_hand(one, model, autoencoder, TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -171,15 +171,15 @@ def test_transcoders(architecture: str) -> None:
 )
 def test_where_special_tokens_count(where: Where) -> None:
     texts = [with_special_inside(t) for t in TOKENS[:3]]
-    model, made = random_lm("qwen2"), sae()
-    (one,) = evaluate_saes(model, [made], texts, EvaluationSettings(where=where))
-    assert_equal_by_hand(one, model, made, texts, where)
-    (plain,) = evaluate_saes(model, [made], texts)
+    model, autoencoder = random_lm("qwen2"), sae()
+    (one,) = evaluate_saes(model, [autoencoder], texts, EvaluationSettings(where=where))
+    assert_equal_by_hand(one, model, autoencoder, texts, where)
+    (plain,) = evaluate_saes(model, [autoencoder], texts)
     assert not np.allclose(plain.texts["ce_zero"], one.texts["ce_zero"]) or where.splice_special
 
 
 @pytest.mark.parametrize(
-    ("made", "where"),
+    ("autoencoder", "where"),
     [
         (sae("jumprelu", Hookpoint(1, "resid_post")), Where()),
         (sae("gated", Hookpoint(0, "embed")), Where(splice_special=True, ablate_special=True)),
@@ -189,7 +189,7 @@ def test_where_special_tokens_count(where: Where) -> None:
 )
 @pytest.mark.parametrize("memory", ["large", "small"])
 def test_high_norm_positions_are_left_as_they_are(
-    made: SparseAutoencoder, where: Where, memory: str, monkeypatch: pytest.MonkeyPatch
+    autoencoder: SparseAutoencoder, where: Where, memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sinks at token 1 of texts (by their norm, not their position), with and without caches."""
     model, texts = model_with_sinks(), TOKENS
@@ -200,21 +200,21 @@ def test_high_norm_positions_are_left_as_they_are(
             monkeypatch.setattr(module, name, {"cpu": 1})
         monkeypatch.setattr(latents, "CHUNK_BYTES", 1)
     settings = EvaluationSettings(where=where, max_norm_ratio=5.0)
-    (one,) = evaluate_saes(model, [made], texts, settings)
-    assert_equal_by_hand(one, model, made, texts, where, 5.0)
+    (one,) = evaluate_saes(model, [autoencoder], texts, settings)
+    assert_equal_by_hand(one, model, autoencoder, texts, where, 5.0)
     n = one.texts["n_high_norm"]
     assert 0 < n.sum() < one.texts["n_spliced"].sum()
     assert f"{n.sum()} of {(n + one.texts['n_spliced']).sum()} positions" in one.notes[0]
     if memory == "large":
-        (plain,) = evaluate_saes(model, [made], texts, EvaluationSettings(where=where))
-        assert_equal_by_hand(plain, model, made, texts, where)
+        (plain,) = evaluate_saes(model, [autoencoder], texts, EvaluationSettings(where=where))
+        assert_equal_by_hand(plain, model, autoencoder, texts, where)
         assert plain.notes == []
 
 
 def test_without_high_norms_the_limit_changes_nothing() -> None:
-    model, made = random_lm("llama"), sae()
-    (one,) = evaluate_saes(model, [made], TOKENS, EvaluationSettings(max_norm_ratio=5.0))
-    (plain,) = evaluate_saes(model, [made], TOKENS)
+    model, autoencoder = random_lm("llama"), sae()
+    (one,) = evaluate_saes(model, [autoencoder], TOKENS, EvaluationSettings(max_norm_ratio=5.0))
+    (plain,) = evaluate_saes(model, [autoencoder], TOKENS)
     pd.testing.assert_frame_equal(one.texts, plain.texts)
     assert numbers(one, 20, 0) == pytest.approx(numbers(plain, 20, 0), nan_ok=True)
 
@@ -233,9 +233,9 @@ def test_a_perfect_sae_loses_nothing() -> None:
 
 
 def test_an_sae_of_zeros_is_zero_ablation() -> None:
-    made = perfect()
-    made.W_dec.zero_()
-    (one,) = evaluate_saes(random_lm("llama"), [made], TOKENS)
+    autoencoder = perfect()
+    autoencoder.W_dec.zero_()
+    (one,) = evaluate_saes(random_lm("llama"), [autoencoder], TOKENS)
     np.testing.assert_array_equal(one.texts["ce_sae"], one.texts["ce_zero"])
     np.testing.assert_array_equal(one.texts["kl_sae"], one.texts["kl_zero"])
     assert numbers(one, 0, 0)["reconstruction/kl_score"] == 0
@@ -243,11 +243,11 @@ def test_an_sae_of_zeros_is_zero_ablation() -> None:
 
 
 def test_an_sae_that_gives_the_mean_is_mean_ablation() -> None:
-    model, made = random_lm("mistral"), perfect()
-    (first,) = evaluate_saes(model, [made], TOKENS)
-    made.W_dec.zero_()
-    made.b_dec[:] = first.stream.mean.float()
-    (one,) = evaluate_saes(model, [made], TOKENS)
+    model, autoencoder = random_lm("mistral"), perfect()
+    (first,) = evaluate_saes(model, [autoencoder], TOKENS)
+    autoencoder.W_dec.zero_()
+    autoencoder.b_dec[:] = first.stream.mean.float()
+    (one,) = evaluate_saes(model, [autoencoder], TOKENS)
     np.testing.assert_allclose(one.texts["ce_sae"], one.texts["ce_mean"], rtol=1e-5)
     got = numbers(one, 0, 0)
     assert got["reconstruction/explained_variance"] == pytest.approx(0, abs=1e-5)
@@ -285,8 +285,8 @@ def test_saes_together_equal_saes_alone() -> None:
         transcoder(),
     ]
     together = evaluate_saes(model, saes, TOKENS)
-    for made, one in zip(saes, together, strict=True):
-        assert_same(one, evaluate_saes(model, [made], TOKENS)[0])
+    for autoencoder, one in zip(saes, together, strict=True):
+        assert_same(one, evaluate_saes(model, [autoencoder], TOKENS)[0])
 
 
 def test_small_memory_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,16 +27,16 @@ def units(seed: int, mean_first: float, mean_second: float, n: int = 240) -> pd.
 
 @pytest.mark.parametrize("resample", [True, False])
 def test_equal_counts_are_left_alone(resample: bool) -> None:
-    found = match_token_counts(units(1, 2, 2), GROUPS, 0, resample=resample)
-    assert found.keep.all()
-    assert found.p_value is not None
-    assert found.p_value > 0.05
-    assert found.notes == []
+    matching = match_token_counts(units(1, 2, 2), GROUPS, 0, resample=resample)
+    assert matching.keep.all()
+    assert matching.p_value is not None
+    assert matching.p_value > 0.05
+    assert matching.notes == []
 
 
 def test_p_value_is_the_smallest_over_types_corrected() -> None:
     table = units(2, 1.0, 1.4)
-    found = match_token_counts(table, GROUPS, 0, resample=False)
+    matching = match_token_counts(table, GROUPS, 0, resample=False)
     by_type = [
         stats.mannwhitneyu(
             part.loc[part["group"] == "known", "n_entity_tokens"].astype(float),
@@ -44,7 +44,7 @@ def test_p_value_is_the_smallest_over_types_corrected() -> None:
         ).pvalue
         for _, part in table.groupby("entity_type")
     ]
-    assert found.p_value == pytest.approx(min(1.0, 2 * min(by_type)))
+    assert matching.p_value == pytest.approx(min(1.0, 2 * min(by_type)))
 
 
 def test_a_few_counts_that_all_differ_are_tested_exactly() -> None:
@@ -56,27 +56,29 @@ def test_a_few_counts_that_all_differ_are_tested_exactly() -> None:
             "n_entity_tokens": pd.array([1, 2, 3, 4, 5, 6, 7], dtype="Int64"),
         }
     )
-    found = match_token_counts(table, GROUPS, 0, resample=False)
+    matching = match_token_counts(table, GROUPS, 0, resample=False)
     # One of 35 ways to choose three of seven, doubled.
-    assert found.p_value == pytest.approx(2 / 35)
+    assert matching.p_value == pytest.approx(2 / 35)
 
 
 def test_unequal_counts_are_made_equal_in_every_stratum() -> None:
     table = units(3, 1, 2.5)
-    found = match_token_counts(table, GROUPS, 0, resample=True)
-    assert found.p_value is not None
-    assert found.p_value < 0.05
-    dropped = int((~found.keep).sum())
-    [note] = found.notes
+    matching = match_token_counts(table, GROUPS, 0, resample=True)
+    assert matching.p_value is not None
+    assert matching.p_value < 0.05
+    dropped = int((~matching.keep).sum())
+    [note] = matching.notes
     assert note.startswith("token counts of known and unknown differ (p = ")
     assert note.endswith(f"{dropped} of 240 entities were dropped to match them")
     strata = ["entity_type", "split", "n_entity_tokens"]
     sizes = table.groupby([*strata, "group"]).size().unstack(fill_value=0)
-    kept = table[found.keep].groupby([*strata, "group"]).size().unstack(fill_value=0)
-    assert (kept["known"] == kept["unknown"]).all()
+    counts = table[matching.keep].groupby([*strata, "group"]).size().unstack(fill_value=0)
+    assert (counts["known"] == counts["unknown"]).all()
     # No more are dropped than must be: each stratum keeps as many as its smaller group has.
-    assert len(table[found.keep]) == 2 * sizes.min(axis=1).sum()
-    again = match_token_counts(table[found.keep].reset_index(drop=True), GROUPS, 0, resample=True)
+    assert len(table[matching.keep]) == 2 * sizes.min(axis=1).sum()
+    again = match_token_counts(
+        table[matching.keep].reset_index(drop=True), GROUPS, 0, resample=True
+    )
     assert again.keep.all()
 
 
@@ -89,9 +91,9 @@ def test_the_choice_is_seeded() -> None:
 
 
 def test_not_matched_when_not_wanted() -> None:
-    found = match_token_counts(units(3, 1, 2.5), GROUPS, 0, resample=False)
-    assert found.keep.all()
-    [note] = found.notes
+    matching = match_token_counts(units(3, 1, 2.5), GROUPS, 0, resample=False)
+    assert matching.keep.all()
+    [note] = matching.notes
     assert note.endswith("and were not matched (analyzer.match_tokens=false)")
 
 
@@ -99,9 +101,9 @@ def test_counts_that_never_meet() -> None:
     table = units(4, 1, 1)
     longer = table["group"] == "unknown"
     table.loc[longer, "n_entity_tokens"] += 20
-    found = match_token_counts(table, GROUPS, 0, resample=True)
-    assert found.keep.all()
-    [note] = found.notes
+    matching = match_token_counts(table, GROUPS, 0, resample=True)
+    assert matching.keep.all()
+    [note] = matching.notes
     assert note.endswith(
         "and do not overlap, so this contrast cannot separate recognition from the length of names"
     )
@@ -114,9 +116,9 @@ def test_nothing_to_compare(case: str) -> None:
         table.loc[5, "n_entity_tokens"] = pd.NA
     else:
         table["entity_type"] = table["group"]
-    found = match_token_counts(table, GROUPS, 0, resample=True)
-    assert found.keep.all()
-    assert (found.p_value, found.notes) == (None, [])
+    matching = match_token_counts(table, GROUPS, 0, resample=True)
+    assert matching.keep.all()
+    assert (matching.p_value, matching.notes) == (None, [])
 
 
 def test_all_of_one_length() -> None:
@@ -126,7 +128,7 @@ def test_all_of_one_length() -> None:
 
 def test_without_types() -> None:
     table = units(3, 1, 2.5).assign(entity_type=None)
-    found = match_token_counts(table, GROUPS, 0, resample=True)
-    kept = table[found.keep].groupby(["split", "n_entity_tokens", "group"]).size()
-    assert 0 < found.keep.sum() < len(table)
-    assert (kept.unstack()["known"] == kept.unstack()["unknown"]).all()
+    matching = match_token_counts(table, GROUPS, 0, resample=True)
+    counts = table[matching.keep].groupby(["split", "n_entity_tokens", "group"]).size()
+    assert 0 < matching.keep.sum() < len(table)
+    assert (counts.unstack()["known"] == counts.unstack()["unknown"]).all()

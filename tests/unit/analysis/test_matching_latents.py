@@ -30,10 +30,10 @@ def test_the_nearest_are_those_of_scipys_cosines(
     monkeypatch.setattr(latent_scores, "_CHUNK_BYTES", 4 * D * chunk)
     directions, decoder = noise(N, D), noise(D_SAE, D, seed=1) * 3
     cosines = 1 - cdist(directions.double().numpy(), decoder.double().numpy(), "cosine")
-    found = nearest_directions(directions, decoder, k)
+    nearest = nearest_directions(directions, decoder, k)
     expected = np.argsort(-cosines, axis=1)[:, :k]
-    assert (found.latents == expected).all()
-    np.testing.assert_allclose(found.cosines, np.take_along_axis(cosines, expected, 1), atol=1e-6)
+    assert (nearest.latents == expected).all()
+    np.testing.assert_allclose(nearest.cosines, np.take_along_axis(cosines, expected, 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [3, 1000])
@@ -58,14 +58,14 @@ def test_more_neighbours_than_latents_are_all_of_them() -> None:
 @pytest.mark.parametrize(("d", "d_sae"), [(128, 256), (128, 4096), (768, 2048)])
 def test_chance_is_what_random_directions_rarely_exceed(d: int, d_sae: int) -> None:
     """Of 4000 nearest cosines 4 are expected beyond it; more than 12 has probability 0.0003."""
-    found = np.concatenate(
+    cosines = np.concatenate(
         [
             nearest_directions(noise(1000, d, seed=2 * s), noise(d_sae, d, seed=2 * s + 1)).cosines
             for s in range(4)
         ]
     )
-    assert (found > cosine_by_chance(d, d_sae)).sum() <= 12
-    assert cosine_by_chance(d, d_sae) < 1.6 * found.mean()
+    assert (cosines > cosine_by_chance(d, d_sae)).sum() <= 12
+    assert cosine_by_chance(d, d_sae) < 1.6 * cosines.mean()
 
 
 def fires(keys: list[int], latents: list[int], seed: int) -> Firing:
@@ -76,20 +76,20 @@ def fires(keys: list[int], latents: list[int], seed: int) -> Firing:
 def test_cofiring_is_over_the_rows_both_have_in_whatever_order() -> None:
     first, second = fires([*range(40)], [1, 2, 3], 0), fires([*range(60, 9, -1)], [7, 8], 1)
     second.fires[:, 1] = False
-    found = cofiring(first, second)
-    assert found.n_rows == 30
+    association = cofiring(first, second)
+    assert association.n_rows == 30
     a, b = first.fires[10:], second.fires[::-1][:30]
     for i in range(3):
         expected = matthews_corrcoef(a[:, i], b[:, 0])
-        assert found.phi[i, 0] == pytest.approx(expected)
-        assert found.phi[i, 0] == pytest.approx(np.corrcoef(a[:, i], b[:, 0])[0, 1])
-        assert found.jaccard[i, 0] == pytest.approx(1 - jaccard(a[:, i], b[:, 0]))
-        assert np.isnan(found.phi[i, 1])
-        assert found.jaccard[i, 1] == 0
+        assert association.phi[i, 0] == pytest.approx(expected)
+        assert association.phi[i, 0] == pytest.approx(np.corrcoef(a[:, i], b[:, 0])[0, 1])
+        assert association.jaccard[i, 0] == pytest.approx(1 - jaccard(a[:, i], b[:, 0]))
+        assert np.isnan(association.phi[i, 1])
+        assert association.jaccard[i, 1] == 0
 
 
 def test_runs_without_a_common_row_have_no_cofiring() -> None:
-    found = cofiring(fires([1, 2], [0], 0), fires([3], [0], 0))
-    assert found.n_rows == 0
-    assert np.isnan(found.phi).all()
-    assert np.isnan(found.jaccard).all()
+    association = cofiring(fires([1, 2], [0], 0), fires([3], [0], 0))
+    assert association.n_rows == 0
+    assert np.isnan(association.phi).all()
+    assert np.isnan(association.jaccard).all()

@@ -13,8 +13,8 @@ GROUPS = ("known", "unknown")
 
 def table(*rows: tuple[str, str | None, str | None]) -> pd.DataFrame:
     """Rows of (unit, group, split), numbered."""
-    made = pd.DataFrame(rows, columns=["unit", "group", "split"])
-    return made.assign(row=np.arange(len(rows)))
+    frame = pd.DataFrame(rows, columns=["unit", "group", "split"])
+    return frame.assign(row=np.arange(len(rows)))
 
 
 ROWS = table(
@@ -34,8 +34,8 @@ def latents(rows: pd.DataFrame, seed: int = 0) -> Latents:
 
 def test_every_observation_has_as_many_rows_as_the_one_with_fewest() -> None:
     """Also in the split where there are more; an entity of both groups is two observations."""
-    found, notes = observations(latents(ROWS), GROUPS, seed=0)
-    assert found.units[["unit", "group"]].to_numpy().tolist() == [
+    observed, notes = observations(latents(ROWS), GROUPS, seed=0)
+    assert observed.units[["unit", "group"]].to_numpy().tolist() == [
         ["a", "known"],
         ["b", "unknown"],
         ["c", "known"],
@@ -57,13 +57,15 @@ def test_every_observation_has_as_many_rows_as_the_one_with_fewest() -> None:
 def test_values_are_means_and_activity_the_fraction_of_the_rows(seed: int) -> None:
     every = latents(ROWS, seed)
     dense = every.csr.toarray()
-    found, _ = observations(every, GROUPS, seed)
+    observed, _ = observations(every, GROUPS, seed)
     used = used_rows(ROWS, GROUPS, seed)
     keys = ROWS.loc[used, "unit"] + ROWS.loc[used, "group"]
-    for place, key in enumerate(dict.fromkeys(keys)):
+    for index, key in enumerate(dict.fromkeys(keys)):
         rows = used[(keys == key).to_numpy()]
-        np.testing.assert_allclose(found.csr.toarray()[place], dense[rows].mean(0))
-        np.testing.assert_array_equal(found.active.toarray()[place], (dense[rows] > 1e-6).mean(0))
+        np.testing.assert_allclose(observed.csr.toarray()[index], dense[rows].mean(0))
+        np.testing.assert_array_equal(
+            observed.active.toarray()[index], (dense[rows] > 1e-6).mean(0)
+        )
 
 
 def test_the_rows_used_are_enough() -> None:

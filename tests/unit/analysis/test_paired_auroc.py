@@ -101,22 +101,22 @@ def test_two_perfect_scores_keep_an_interval_of_positive_width() -> None:
 
 def test_small_groups_have_no_interval() -> None:
     own, other = (s[6:] for s in two_scores())
-    made = auroc_difference(own, other, FIRST[6:], ONE[6:])
-    assert np.isfinite(made.value)
-    assert np.isnan(made.interval).all()
+    difference = auroc_difference(own, other, FIRST[6:], ONE[6:])
+    assert np.isfinite(difference.value)
+    assert np.isnan(difference.interval).all()
 
 
 def test_a_negative_or_shifted_score_changes_nothing_but_its_sign() -> None:
     own, other = two_scores()
     strata = np.arange(30) % 2
-    made = auroc_difference(own, other, FIRST, strata)
-    assert made.interval.low < made.value < made.interval.high
+    difference = auroc_difference(own, other, FIRST, strata)
+    assert difference.interval.low < difference.value < difference.interval.high
     shifted = auroc_difference(3 * own - 7, other, FIRST, strata)
-    assert shifted.value == pytest.approx(made.value)
-    assert shifted.interval == pytest.approx(made.interval)
+    assert shifted.value == pytest.approx(difference.value)
+    assert shifted.interval == pytest.approx(difference.interval)
     mirrored = auroc_difference(-own, -other, FIRST, strata)
-    assert mirrored.value == pytest.approx(-made.value)
-    assert mirrored.interval == pytest.approx((-made.interval.high, -made.interval.low))
+    assert mirrored.value == pytest.approx(-difference.value)
+    assert mirrored.interval == pytest.approx((-difference.interval.high, -difference.interval.low))
 
 
 def test_the_paired_test_agrees_with_the_interval_and_with_delong() -> None:
@@ -128,9 +128,9 @@ def test_the_paired_test_agrees_with_the_interval_and_with_delong() -> None:
         own = common + 0.5 * rng.normal(0, 1, n) + (0.5 + shift) * first
         other = common + 0.5 * rng.normal(0, 1, n) + 0.5 * first
         strata = np.zeros(n, dtype=int)
-        found = auroc_difference(own, other, first, strata)
-        p_value = difference_p_value(found.value, found.interval)
-        low, high = found.interval
+        difference = auroc_difference(own, other, first, strata)
+        p_value = difference_p_value(difference.value, difference.interval)
+        low, high = difference.interval
         assert (p_value < 0.05) == (low > 0 or high < 0)
         # DeLong's test, from the placements of both scores.
         ranks = [stats.rankdata(s) for s in (own, other)]
@@ -143,7 +143,7 @@ def test_the_paired_test_agrees_with_the_interval_and_with_delong() -> None:
             for r, s in zip(ranks, (own, other), strict=True)
         ]
         variance = sum(np.var(a - b, ddof=1) / len(a) for a, b in (of_first, of_second))
-        expected = 2 * stats.norm.sf(abs(found.value) / np.sqrt(variance))
+        expected = 2 * stats.norm.sf(abs(difference.value) / np.sqrt(variance))
         assert p_value == pytest.approx(expected, rel=0.15, abs=1e-6)
     assert difference_p_value(0.0, Interval(np.array(-0.1), np.array(0.1))) == 1
     assert np.isnan(difference_p_value(0.2, Interval(np.array(np.nan), np.array(np.nan))))

@@ -34,7 +34,7 @@ D_IN = 12
 STRENGTHS = [0.01, 1.0]
 
 
-def made(seed: int = 0, signal: float = 1.5) -> AnalysisInputs:
+def make_inputs(seed: int = 0, signal: float = 1.5) -> AnalysisInputs:
     """Simulated latents, two rows an entity; a stream that holds the group along two numbers."""
     one_each = rows_table().drop_duplicates("unit")
     rows = one_each.loc[one_each.index.repeat(2)].sample(frac=1, random_state=1)
@@ -80,7 +80,7 @@ def probe(
 
 @pytest.fixture(scope="module")
 def inputs() -> AnalysisInputs:
-    return made()
+    return make_inputs()
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +168,8 @@ def test_the_best_latent_is_the_best_on_train(inputs: AnalysisInputs, result: Re
     sign = np.sign(aurocs[best] - 0.5)
     expected = roc_auc_score(y_test, sign * dense[test][:, best])
     assert result.metrics["probe/best_latent_auroc_test"] == pytest.approx(expected)
-    named = result.tables["probe_latents"]
-    np.testing.assert_allclose(named["auroc"], aurocs[named["latent"]], atol=1e-12)
+    best_latents = result.tables["probe_latents"]
+    np.testing.assert_allclose(best_latents["auroc"], aurocs[best_latents["latent"]], atol=1e-12)
 
 
 def test_a_planted_signal_is_found(result: Result) -> None:
@@ -310,7 +310,7 @@ def test_a_quiet_latent_that_the_selection_misses_is_named(inputs: AnalysisInput
 
 
 def test_transfer_to_another_data_set(inputs: AnalysisInputs) -> None:
-    other = made(seed=9)
+    other = make_inputs(seed=9)
     rows = other.latents.rows
     rows = rows.assign(text="other " + rows["text"], unit="o" + rows["unit"])
     same = rows.index < 5
@@ -327,28 +327,28 @@ def test_transfer_to_another_data_set(inputs: AnalysisInputs) -> None:
     assert m["probe/dense_auroc_test"] == probe(inputs).metrics["probe/dense_auroc_test"]
     with pytest.raises(DataError, match="all its texts or entities are among the train rows"):
         train = (inputs.latents.rows["split"] == "train").to_numpy()
-        kept = Latents(
+        train_latents = Latents(
             sparse.csr_array(inputs.latents.csr[train]),
             inputs.latents.rows[train].reset_index(drop=True),
         )
         acts = inputs.acts
         assert acts is not None
-        probe(inputs, replace(inputs, latents=kept, acts=acts[torch.tensor(train)]))
+        probe(inputs, replace(inputs, latents=train_latents, acts=acts[torch.tensor(train)]))
 
 
 def test_judging_against_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     first = rng.random(200) < 0.3
     scores = np.round(rng.normal(size=200) + first, 1)
-    found = Judge(Labelled(first, np.arange(200).astype(object))).measure(scores, 0.4)
-    assert found["auroc"] == pytest.approx(roc_auc_score(first, scores))
-    assert found["accuracy"] == pytest.approx(accuracy_score(first, scores > 0.4))
-    assert found["f1"] == pytest.approx(f1_score(first, scores > 0.4))
+    measured = Judge(Labelled(first, np.arange(200).astype(object))).measure(scores, 0.4)
+    assert measured["auroc"] == pytest.approx(roc_auc_score(first, scores))
+    assert measured["accuracy"] == pytest.approx(accuracy_score(first, scores > 0.4))
+    assert measured["f1"] == pytest.approx(f1_score(first, scores > 0.4))
     expected = balanced_accuracy_score(first, scores > 0.4)
-    assert found["balanced_accuracy"] == pytest.approx(expected)
+    assert measured["balanced_accuracy"] == pytest.approx(expected)
     n_right = int(((scores > 0.4) == first).sum())
     wilson = binomtest(n_right, 200).proportion_ci(method="wilson")
-    limits = found["accuracy_ci_low"], found["accuracy_ci_high"]
+    limits = measured["accuracy_ci_low"], measured["accuracy_ci_high"]
     assert limits == pytest.approx((wilson.low, wilson.high))
     fpr, tpr, _ = roc_curve(first, scores, drop_intermediate=False)
     np.testing.assert_allclose(roc(scores, first), np.stack([fpr, tpr], axis=1))

@@ -15,7 +15,7 @@ from saexp.config import ProbeConfig
 from saexp.errors import ConfigError, DataError
 from saexp.latents import Latents
 from saexp.results import Result
-from tests.unit.analysis.test_probe import made, parts
+from tests.unit.analysis.test_probe import make_inputs, parts
 
 
 def probe(inputs: AnalysisInputs, n_bootstrap: int = 40, **options: object) -> Result:
@@ -33,7 +33,7 @@ def changed(inputs: AnalysisInputs, **columns: object) -> AnalysisInputs:
 @pytest.fixture(scope="module")
 def inputs() -> AnalysisInputs:
     """Rows of three kinds, of which one is mostly of the first group, one mostly of the second."""
-    plain = made()
+    plain = make_inputs()
     rows = plain.latents.rows
     rng = np.random.default_rng(5)
     known = (rows["group"] == "known").to_numpy()
@@ -59,12 +59,16 @@ def test_pairs_of_one_kind_by_hand() -> None:
     first[kinds == 3] = True
     scores = np.round(rng.normal(size=90) + first + kinds, 1)
     units = np.arange(90).astype(object)
-    found = Judge(Labelled(first, units, kinds)).measure(scores, 0.0)
-    assert found["auroc"] == pytest.approx(roc_auc_score(first, scores))
-    assert found["auroc_within"] == pytest.approx(pairwise(scores, first, kinds))
-    assert found["auroc_within_ci_low"] < found["auroc_within"] < found["auroc_within_ci_high"]  # type: ignore[operator]
+    measured = Judge(Labelled(first, units, kinds)).measure(scores, 0.0)
+    assert measured["auroc"] == pytest.approx(roc_auc_score(first, scores))
+    assert measured["auroc_within"] == pytest.approx(pairwise(scores, first, kinds))
+    assert (
+        measured["auroc_within_ci_low"]
+        < measured["auroc_within"]
+        < measured["auroc_within_ci_high"]
+    )  # type: ignore[operator]
     apart = Judge(Labelled(first, units, kinds, kinds)).measure(scores, 0.0)
-    assert apart["auroc"] == apart["auroc_within"] == found["auroc_within"]
+    assert apart["auroc"] == apart["auroc_within"] == measured["auroc_within"]
     alone = Judge(Labelled(first, units, np.arange(90))).measure(scores, 0.0)
     assert np.isnan(alone["auroc_within"])  # type: ignore[arg-type]
 
@@ -133,7 +137,7 @@ def test_rows_of_an_unseen_value_under_probes_of_the_others(inputs: AnalysisInpu
 
 def test_a_signal_of_one_type_does_not_carry_over() -> None:
     """In each type another number of the stream holds the group, so the other's is no use."""
-    plain = made(signal=0.0)
+    plain = make_inputs(signal=0.0)
     rows = plain.latents.rows
     known = (rows["group"] == "known").to_numpy()
     city = (rows["entity_type"] == "city").to_numpy()

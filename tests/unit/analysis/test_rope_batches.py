@@ -31,9 +31,9 @@ def last_logits(name: str, ids: tuple[int, ...]) -> torch.Tensor:
 def test_attributed_logits_equal_single_rows(name):
     some = prompts()
     positions = [(len(ids) - 1,) for ids in some]
-    found = attribute(rope_lm(name), made_sae(), some, positions, [5] * len(some))
+    attribution = attribute(rope_lm(name), made_sae(), some, positions, [5] * len(some))
     wanted = [float(last_logits(name, ids)[-1, 5]) for ids in some]
-    np.testing.assert_allclose(found.logit, wanted, atol=1e-5)
+    np.testing.assert_allclose(attribution.logit, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ROPE_MODELS)
@@ -43,8 +43,8 @@ def test_evaluated_losses_equal_single_rows(name):
         for ids in prompts()
     ]
     sae: SparseAutoencoder = made_sae()
-    (found,) = evaluate_saes(rope_lm(name), [sae], texts)
-    for text, loss in zip(texts, found.texts["ce_clean"], strict=True):
+    (evaluation,) = evaluate_saes(rope_lm(name), [sae], texts)
+    for text, loss in zip(texts, evaluation.texts["ce_clean"], strict=True):
         logs = last_logits(name, text.ids).log_softmax(-1)[:-1]
         wanted = -logs.gather(1, torch.tensor(text.ids[1:])[:, None]).sum()
         assert loss == pytest.approx(float(wanted), rel=1e-5)
@@ -55,7 +55,7 @@ def test_a_batch_has_one_set_of_frequencies_and_every_text_is_in_one(name):
     config = rope_lm(name).text_config
     lengths = [n for n in LENGTHS for _ in range(3)]
     for tokens in (1, 60, 10_000):
-        found = list(batches(lengths, TokenBudget(tokens, torch.device("cpu")), config))
-        assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
-        for batch in found:
+        text_batches = list(batches(lengths, TokenBudget(tokens, torch.device("cpu")), config))
+        assert sorted(i for batch in text_batches for i in batch) == list(range(len(lengths)))
+        for batch in text_batches:
             assert len({rope_regime(config, lengths[i]) for i in batch}) == 1

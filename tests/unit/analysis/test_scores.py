@@ -21,9 +21,9 @@ FIVE = pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "llama", "ge
 
 
 def make_sae(hookpoint=LAST, **options) -> SparseAutoencoder:
-    found = make.parameters("standard", D_MODEL)
+    weights = make.parameters("standard", D_MODEL)
     return SparseAutoencoder(
-        found, SAESettings(architecture="standard", hookpoint=hookpoint, **options)
+        weights, SAESettings(architecture="standard", hookpoint=hookpoint, **options)
     )
 
 
@@ -40,8 +40,8 @@ def lens_by_hand(model, direction):
 @torch.no_grad()
 def test_logit_lens_tokens(architecture):
     model, sae = random_lm(architecture), make_sae()
-    found = logit_lens_tokens(sae, model, [3, 0, 17], 6)
-    for row, latent in zip(found, (3, 0, 17), strict=True):
+    tokens = logit_lens_tokens(sae, model, [3, 0, 17], 6)
+    for row, latent in zip(tokens, (3, 0, 17), strict=True):
         expected = lens_by_hand(model, sae.W_dec[latent]).topk(6).indices
         assert row.tolist() == expected.tolist()
 
@@ -52,15 +52,15 @@ def planted(architecture="llama", token=123):
     hf = random_hf(architecture, tie_word_embeddings=False)
     hf.get_output_embeddings().weight[token] *= 12
     model = LanguageModel.wrap(hf, tokenizer())
-    found = make.parameters("standard", D_MODEL)
+    weights = make.parameters("standard", D_MODEL)
     gain = hf.model.norm.weight
     own = gain * hf.get_output_embeddings().weight[token]
     other = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(2))
-    found["W_dec"][0] = own / own.norm()
-    found["W_dec"][1] = other - (other @ own) * own / own.square().sum()
-    found["W_dec"][:2] /= found["W_dec"][:2].norm(dim=1, keepdim=True)
-    found["b_enc"][2] = 50
-    return model, SparseAutoencoder(found, SAESettings(architecture="standard", hookpoint=LAST))
+    weights["W_dec"][0] = own / own.norm()
+    weights["W_dec"][1] = other - (other @ own) * own / own.square().sum()
+    weights["W_dec"][:2] /= weights["W_dec"][:2].norm(dim=1, keepdim=True)
+    weights["b_enc"][2] = 50
+    return model, SparseAutoencoder(weights, SAESettings(architecture="standard", hookpoint=LAST))
 
 
 def test_a_planted_output_latent_has_a_high_score_and_a_random_one_a_low_score():
@@ -82,10 +82,10 @@ def test_a_planted_input_latent():
     ids = np.array([123] * 9 + [foreign] * 3)
     acts = np.zeros((12, sae.d_sae))
     acts[:, 0], acts[:, 1] = np.arange(1, 13), 2
-    found = input_scores(sae, model, sparse.csr_array(acts), ids, [1, 0], 5)
-    assert found["latent"].tolist() == [1, 0]
-    assert found["input_score"].tolist() == [0, 0.75]
-    assert found["n_examples"].tolist() == [12, 12]
+    table = input_scores(sae, model, sparse.csr_array(acts), ids, [1, 0], 5)
+    assert table["latent"].tolist() == [1, 0]
+    assert table["input_score"].tolist() == [0, 0.75]
+    assert table["n_examples"].tolist() == [12, 12]
 
 
 def test_input_scores_by_hand():
@@ -96,7 +96,7 @@ def test_input_scores_by_hand():
     texts = np.repeat(np.arange(60), 5)
     latents = [5, 0, 21]
     lens = logit_lens_tokens(sae, model, latents, 80).tolist()
-    found = input_scores(
+    table = input_scores(
         sae, model, sparse.csr_array(acts), ids, latents, 80, text_ids=texts, n_examples=25
     )
     for i, latent in enumerate(latents):
@@ -108,9 +108,9 @@ def test_input_scores_by_hand():
                 best.append((-acts[row, latent], row))
         chosen = [row for _, row in sorted(best)[:25]]
         expected = np.mean([ids[row] in lens[i] for row in chosen])
-        assert found.loc[i, "input_score"] == pytest.approx(expected)
-        assert found.loc[i, "n_examples"] == 25
-    assert found["input_score"].between(0.02, 0.98).all()
+        assert table.loc[i, "input_score"] == pytest.approx(expected)
+        assert table.loc[i, "n_examples"] == 25
+    assert table["input_score"].between(0.02, 0.98).all()
     # Without texts every row is an example.
     rows = input_scores(sae, model, sparse.csr_array(acts), ids, latents, 80, n_examples=300)
     assert rows["n_examples"].tolist() == (acts[:, latents] > 0).sum(0).tolist()
@@ -120,9 +120,9 @@ def test_a_latent_with_few_examples_has_no_input_score():
     sae = make_sae()
     acts = np.zeros((20, sae.d_sae))
     acts[:9, 0], acts[:10, 1] = 1, 1
-    found = input_scores(sae, random_lm("llama"), sparse.csr_array(acts), np.arange(20), [0, 1, 2])
-    assert found["n_examples"].tolist() == [9, 10, 0]
-    assert found["input_score"].isna().tolist() == [True, False, True]
+    table = input_scores(sae, random_lm("llama"), sparse.csr_array(acts), np.arange(20), [0, 1, 2])
+    assert table["n_examples"].tolist() == [9, 10, 0]
+    assert table["input_score"].isna().tolist() == [True, False, True]
 
 
 @torch.no_grad()
@@ -161,12 +161,12 @@ def test_output_scores_by_hand(architecture, scaling):
     model = random_lm(architecture)
     sae = make_sae(Hookpoint(1, "resid_post"), normalize_activations=scaling)
     latents = [7, 0, 30]
-    found = output_scores(sae, model, latents, PROMPTS, 4, 5)
+    table = output_scores(sae, model, latents, PROMPTS, 4, 5)
     for i, latent in enumerate(latents):
         scores = np.mean([by_hand(model, sae, latent, p, 4, 5) for p in PROMPTS], axis=0)
-        assert found.loc[i, "output_score"] == pytest.approx(scores[0], rel=1e-3, abs=1e-6)
-        assert found.loc[i, "output_score_clean"] == pytest.approx(scores[1], rel=1e-3, abs=1e-6)
-    assert (found["output_score"] != found["output_score_clean"]).all()
+        assert table.loc[i, "output_score"] == pytest.approx(scores[0], rel=1e-3, abs=1e-6)
+        assert table.loc[i, "output_score_clean"] == pytest.approx(scores[1], rel=1e-3, abs=1e-6)
+    assert (table["output_score"] != table["output_score_clean"]).all()
 
 
 def test_batches_do_not_matter():
@@ -179,23 +179,23 @@ def test_batches_do_not_matter():
 
 def test_a_transcoder_is_read_and_written_at_its_own_places():
     model = random_lm("llama")
-    made = make.parameters("standard", D_MODEL, d_out=D_MODEL)
+    weights = make.parameters("standard", D_MODEL, d_out=D_MODEL)
     sae = SparseAutoencoder(
-        made,
+        weights,
         SAESettings(
             architecture="standard",
             hookpoint=Hookpoint(1, "mlp_in"),
             hookpoint_out=Hookpoint(1, "mlp_out"),
         ),
     )
-    found = output_scores(sae, model, [0, 1, 2], PROMPTS)
-    assert found["output_score"].between(0, 1).all()
-    assert (found["output_score"] != found["output_score_clean"]).all()
+    table = output_scores(sae, model, [0, 1, 2], PROMPTS)
+    assert table["output_score"].between(0, 1).all()
+    assert (table["output_score"] != table["output_score_clean"]).all()
 
 
 def test_no_latent_asked_for():
-    found = output_scores(make_sae(), random_lm("llama"), [], PROMPTS)
-    assert list(found.columns) == [
+    table = output_scores(make_sae(), random_lm("llama"), [], PROMPTS)
+    assert list(table.columns) == [
         "latent",
         "output_score",
         "output_score_clean",
@@ -203,7 +203,7 @@ def test_no_latent_asked_for():
         "top_rank",
         "top_probability",
     ]
-    assert found.empty
+    assert table.empty
 
 
 class TestErrors:

@@ -38,14 +38,14 @@ def test_mann_whitney(n_first: int, n_second: int) -> None:
     rng = np.random.default_rng([n_first, n_second])
     dense, first = random_columns(rng, n_first + n_second, 40), groups(rng, n_first, n_second)
     ranked = Ranked(sparse.csr_array(dense), first)
-    found = ranked.mann_whitney()
-    np.testing.assert_allclose(found.p_normal, scipy_p(dense, first), rtol=1e-9)
+    rank_test = ranked.mann_whitney()
+    np.testing.assert_allclose(rank_test.p_normal, scipy_p(dense, first), rtol=1e-9)
     aurocs = [roc_auc_score(first, column) for column in dense.T]
-    np.testing.assert_allclose(found.auroc, aurocs, rtol=1e-12)
-    np.testing.assert_array_equal(found.auroc, ranked.observed())
-    assert (found.p_value >= found.p_normal).all()
-    assert (found.p_value <= 1).all()
-    assert found.p_value[0] == found.p_value[1] == 1
+    np.testing.assert_allclose(rank_test.auroc, aurocs, rtol=1e-12)
+    np.testing.assert_array_equal(rank_test.auroc, ranked.observed())
+    assert (rank_test.p_value >= rank_test.p_normal).all()
+    assert (rank_test.p_value <= 1).all()
+    assert rank_test.p_value[0] == rank_test.p_value[1] == 1
 
 
 SMALL = arrays.arrays(
@@ -61,10 +61,10 @@ def test_mann_whitney_on_any_ties(dense: np.ndarray, seed: int) -> None:
     rng = np.random.default_rng(seed)
     first = rng.random(len(dense)) < 0.5
     first[0], first[1] = True, False
-    found = Ranked(sparse.csr_array(dense), first).mann_whitney()
-    np.testing.assert_allclose(found.p_normal, scipy_p(dense, first), rtol=1e-9)
+    rank_test = Ranked(sparse.csr_array(dense), first).mann_whitney()
+    np.testing.assert_allclose(rank_test.p_normal, scipy_p(dense, first), rtol=1e-9)
     aurocs = [roc_auc_score(first, column) for column in dense.T]
-    np.testing.assert_allclose(found.auroc, aurocs, rtol=1e-12)
+    np.testing.assert_allclose(rank_test.auroc, aurocs, rtol=1e-12)
 
 
 def test_explicit_zeros_and_unsorted_entries_are_no_matter() -> None:
@@ -96,21 +96,21 @@ def test_p_values_of_rare_latents_are_exact_or_larger(n_first: int, n_second: in
         for tied in (False, True):
             values = np.zeros(n)
             values[:n_active] = 1 if tied else np.arange(1, n_active + 1)
-            found = Ranked(sparse.csr_array(values[orders].T), first).mann_whitney()
+            rank_test = Ranked(sparse.csr_array(values[orders].T), first).mann_whitney()
             for alpha in (0.2, 0.1, 0.05, 0.01):
-                assert (found.p_value <= alpha).mean() <= alpha + 1e-12
+                assert (rank_test.p_value <= alpha).mean() <= alpha + 1e-12
 
 
 def test_a_rare_latent_in_a_small_group() -> None:
     """3 active of 100, all three among the 10 of the first group: 120 of 161700 ways, doubled."""
     values = np.zeros((100, 1))
     values[[0, 1, 2], 0] = [1, 2, 3]
-    found = Ranked(sparse.csr_array(values), np.arange(100) < 10).mann_whitney()
-    assert found.p_normal[0] < 1e-6
+    rank_test = Ranked(sparse.csr_array(values), np.arange(100) < 10).mann_whitney()
+    assert rank_test.p_normal[0] < 1e-6
     exact = stats.fisher_exact([[3, 7], [0, 90]], alternative="greater").pvalue
     assert exact == pytest.approx(120 / 161700)
-    assert found.p_value[0] >= 2 * exact - 1e-12
-    assert found.p_value[0] < 4 * exact
+    assert rank_test.p_value[0] >= 2 * exact - 1e-12
+    assert rank_test.p_value[0] < 4 * exact
 
 
 @pytest.mark.parametrize("k", [8, 12, 15, 20])
@@ -118,10 +118,10 @@ def test_skewness_brings_the_tail_near_the_exact_one(k: int) -> None:
     """k of 50 active rows in the first 100 of 1000; hypergeometric, where the normal is far off."""
     values = np.zeros((1000, 1))
     values[:k], values[100 : 150 - k] = 1, 1
-    found = Ranked(sparse.csr_array(values), np.arange(1000) < 100).mann_whitney()
+    rank_test = Ranked(sparse.csr_array(values), np.arange(1000) < 100).mann_whitney()
     exact = 2 * stats.hypergeom(1000, 50, 100).sf(k - 1)
-    assert found.p_normal[0] < 0.75 * exact
-    assert 0.4 * exact < found.p_value[0] < 4 * exact
+    assert rank_test.p_normal[0] < 0.75 * exact
+    assert 0.4 * exact < rank_test.p_value[0] < 4 * exact
 
 
 def test_rare_latents_against_the_hypergeometric_law() -> None:
@@ -156,12 +156,12 @@ def test_the_stratified_test_is_van_elterens() -> None:
     strata = rng.choice(["a", "b", "c"], 2400, p=[0.2, 0.3, 0.5])
     first = rng.random(2400) < np.where(strata == "a", 0.2, 0.6)
     dense *= 1 + (strata == "a")[:, None]
-    found = stratified_rank_test(sparse.csr_array(dense), first, strata)
+    rank_test = stratified_rank_test(sparse.csr_array(dense), first, strata)
     expected = 2 * stats.norm.sf(np.abs(van_elteren(dense, first, strata)))
     common = (dense > 0).sum(0) > 100
     assert common.sum() > 10
     np.testing.assert_allclose(
-        stats.norm.isf(found.p_normal[common] / 2),
+        stats.norm.isf(rank_test.p_normal[common] / 2),
         stats.norm.isf(expected[common] / 2),
         atol=0.01,
     )
@@ -170,7 +170,7 @@ def test_the_stratified_test_is_van_elterens() -> None:
         w * Ranked(sparse.csr_array(dense[strata == s]), first[strata == s]).observed()
         for s, w in weights.items()
     )
-    np.testing.assert_allclose(found.auroc, auroc, rtol=1e-12)
+    np.testing.assert_allclose(rank_test.auroc, auroc, rtol=1e-12)
 
 
 def test_one_stratum_is_mann_whitney_and_strata_of_one_group_have_no_say() -> None:
@@ -180,12 +180,12 @@ def test_one_stratum_is_mann_whitney_and_strata_of_one_group_have_no_say() -> No
     plain = Ranked(values, first).mann_whitney()
     extra = sparse.csr_array(np.concatenate([dense, 9 * np.ones((5, 30))]))
     strata = np.array(["x"] * 90 + ["y"] * 5)
-    for found in (
+    for rank_test in (
         stratified_rank_test(values, first, np.zeros(90)),
         stratified_rank_test(extra, np.append(first, np.ones(5, dtype=bool)), strata),
     ):
-        np.testing.assert_array_equal(found.auroc, plain.auroc)
-        np.testing.assert_array_equal(found.p_value, plain.p_value)
+        np.testing.assert_array_equal(rank_test.auroc, plain.auroc)
+        np.testing.assert_array_equal(rank_test.p_value, plain.p_value)
     with pytest.raises(ValueError, match="no stratum"):
         stratified_rank_test(values, first, first.astype(int))
 
@@ -219,9 +219,9 @@ def test_stratified_p_values_of_rare_latents_are_exact_or_larger(
             values = np.zeros(n)
             at = rng.permutation(n)[:n_active]
             values[at] = 1 if tied else np.arange(1, n_active + 1)
-            found = stratified_rank_test(sparse.csr_array(values[orders].T), first, strata)
+            rank_test = stratified_rank_test(sparse.csr_array(values[orders].T), first, strata)
             for alpha in (0.2, 0.1, 0.05, 0.01):
-                assert (found.p_value <= alpha).mean() <= alpha + 1e-12
+                assert (rank_test.p_value <= alpha).mean() <= alpha + 1e-12
 
 
 def test_a_difference_between_strata_alone_is_not_a_finding() -> None:
@@ -232,18 +232,18 @@ def test_a_difference_between_strata_alone_is_not_a_finding() -> None:
     on = rng.random((200, 1500)) < np.where(strata == 0, 0.6, 0.1)[:, None]
     values = sparse.csr_array(on * rng.gamma(2, 1, on.shape))
     assert (Ranked(values, first).mann_whitney().p_value <= 0.05).mean() > 0.9
-    found = stratified_rank_test(values, first, strata)
-    assert 0.02 < (found.p_value <= 0.05).mean() < 0.06
-    assert abs(found.auroc.mean() - 0.5) < 0.005
+    rank_test = stratified_rank_test(values, first, strata)
+    assert 0.02 < (rank_test.p_value <= 0.05).mean() < 0.06
+    assert abs(rank_test.auroc.mean() - 0.5) < 0.005
 
 
 def test_nothing_changes_between_equal_groups_of_common_latents() -> None:
     rng = np.random.default_rng(1)
     dense = random_columns(rng, 120, 60)
     dense = dense[:, (dense > 0).sum(0) >= FEW]
-    found = Ranked(sparse.csr_array(dense), groups(rng, 60, 60)).mann_whitney()
+    rank_test = Ranked(sparse.csr_array(dense), groups(rng, 60, 60)).mann_whitney()
     assert dense.shape[1] > 20
-    np.testing.assert_allclose(found.p_value, found.p_normal, rtol=1e-12)
+    np.testing.assert_allclose(rank_test.p_value, rank_test.p_normal, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("n_first", "n_second"), [(30, 45), (8, 2), (1, 5)])
@@ -252,7 +252,7 @@ def test_delongs_variance(n_first: int, n_second: int) -> None:
     rng = np.random.default_rng([n_first, n_second])
     dense = random_columns(rng, n_first + n_second, 20)
     first = groups(rng, n_first, n_second)
-    found = Ranked(sparse.csr_array(dense), first).delong()
+    variances = Ranked(sparse.csr_array(dense), first).delong()
     for latent, column in enumerate(dense.T):
         a, b = column[first][:, None], column[~first]
         wins = (a > b) + (a == b) / 2
@@ -260,7 +260,7 @@ def test_delongs_variance(n_first: int, n_second: int) -> None:
             np.var(wins.mean(axis), ddof=min(1, n - 1)) / n
             for axis, n in ((1, n_first), (0, n_second))
         )
-        assert found[latent] == pytest.approx(expected, abs=1e-12)
+        assert variances[latent] == pytest.approx(expected, abs=1e-12)
 
 
 def test_variance_of_a_stratified_auroc_is_that_of_its_repetitions() -> None:
@@ -271,8 +271,8 @@ def test_variance_of_a_stratified_auroc_is_that_of_its_repetitions() -> None:
     values = np.exp(
         rng.normal(np.where(first, 0.8, 0)[:, None], np.where(first, 2, 1)[:, None], (65, 2000))
     )
-    found = stratified_rank_test(sparse.csr_array(values), first, strata)
-    assert found.variance.mean() == pytest.approx(found.auroc.var(), rel=0.08)
+    rank_test = stratified_rank_test(sparse.csr_array(values), first, strata)
+    assert rank_test.variance.mean() == pytest.approx(rank_test.auroc.var(), rel=0.08)
 
 
 @pytest.mark.parametrize("weights", ["first", "both"])
@@ -287,7 +287,7 @@ def test_weights_are_copies_of_rows(weights: str) -> None:
     repeats[[0, 29]] = 1
     ranked = Ranked(sparse.csr_array(dense), first)
     w = repeats.astype(float)[:, None]
-    found = ranked.auroc(w * first[:, None], w * ~first[:, None])[:, 0]
+    aurocs = ranked.auroc(w * first[:, None], w * ~first[:, None])[:, 0]
     rows = np.repeat(np.arange(30), repeats)
     expected = [roc_auc_score(first[rows], column[rows]) for column in dense.T]
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    np.testing.assert_allclose(aurocs, expected, rtol=1e-12)

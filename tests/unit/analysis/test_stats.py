@@ -118,10 +118,10 @@ def table_of(kinds: dict[str, tuple[int, int]], n_rows: tuple[int, int] = (1, 1)
     """Units of each type, per group, and rows per unit of each group."""
     rows = [
         (f"{group}-{kind}-{i}", group, "train", kind)
-        for place, group in enumerate(GROUPS)
+        for index, group in enumerate(GROUPS)
         for kind, sizes in kinds.items()
-        for i in range(sizes[place])
-        for _ in range(n_rows[place])
+        for i in range(sizes[index])
+        for _ in range(n_rows[index])
     ]
     return pd.DataFrame(rows, columns=["unit", "group", "split", "entity_type"])
 
@@ -209,8 +209,8 @@ def test_one_group_and_none(groups: tuple[str, ...]) -> None:
 
 def test_rows_of_other_groups_do_not_count() -> None:
     other = ROWS.assign(group=ROWS["group"].where(ROWS["entity_type"] == "city", "third"))
-    kept = (other["group"] != "third").to_numpy()
-    alone = stats(DENSE[kept], ROWS[kept].reset_index(drop=True))
+    in_groups = (other["group"] != "third").to_numpy()
+    alone = stats(DENSE[in_groups], ROWS[in_groups].reset_index(drop=True))
     mixed = stats(rows=other)
     for name, value in alone.metrics.items():
         if "ci_" not in name:

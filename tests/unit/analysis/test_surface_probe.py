@@ -23,7 +23,7 @@ from tests.unit.analysis.simulate import GROUPS, activations, rows_table
 from tests.unit.analysis.surface_texts import names, placed, tokenized
 
 
-def made() -> AnalysisInputs:
+def make_inputs() -> AnalysisInputs:
     """Groups whose names have partly other letters, in one template."""
     table = rows_table()
     units = table["unit"].unique()
@@ -50,7 +50,7 @@ def probe(inputs: AnalysisInputs) -> Result:
 
 @pytest.fixture(scope="module")
 def inputs() -> AnalysisInputs:
-    return made()
+    return make_inputs()
 
 
 @pytest.fixture(scope="module")

@@ -24,11 +24,11 @@ TEXTS = ["The player Fenlet Baszad scored twice.", "When Laura went to the shops
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> AnalysisInputs:
-    place: Path = tmp_path_factory.mktemp("texts")
-    (place / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    folder: Path = tmp_path_factory.mktemp("texts")
+    (folder / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
     cfg = saexp.compose(
-        ["dataset=text", f"dataset.path={place}/texts.txt", "positions=all", "layer=1"]
-        + [f"cache_dir={place}/cache", "device=cpu"]
+        ["dataset=text", f"dataset.path={folder}/texts.txt", "positions=all", "layer=1"]
+        + [f"cache_dir={folder}/cache", "device=cpu"]
     )
     objects = ObjectCache()
     model = language_model(cfg, objects)

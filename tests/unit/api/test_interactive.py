@@ -28,8 +28,8 @@ def ids_of(model: InteractiveModel, text: str) -> Tensor:
 def test_activations_equal_the_hidden_states_of_the_model(model: InteractiveModel) -> None:
     # The last entry of hidden_states is after the final norm, so the last block is left out.
     for layer in range(model.n_layers - 1):
-        found = model.activations(SHORT, layer)
-        for text, acts in zip(SHORT, found, strict=True):
+        all_acts = model.activations(SHORT, layer)
+        for text, acts in zip(SHORT, all_acts, strict=True):
             out = model.hf(ids_of(model, text), output_hidden_states=True)
             torch.testing.assert_close(acts, out.hidden_states[layer + 1][0], atol=1e-4, rtol=1e-4)
     assert not hooks_left(model.hf)
@@ -44,8 +44,8 @@ def test_logits_equal_those_of_the_model(model: InteractiveModel) -> None:
 
 @torch.inference_mode()
 def test_greedy_generation_equals_that_of_transformers(model: InteractiveModel) -> None:
-    found = model.generate(SHORT, max_new_tokens=6)
-    for text, generated in zip(SHORT, found, strict=True):
+    continuations = model.generate(SHORT, max_new_tokens=6)
+    for text, generated in zip(SHORT, continuations, strict=True):
         ids = ids_of(model, text)
         whole = model.hf.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False

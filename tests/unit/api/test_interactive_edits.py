@@ -67,8 +67,8 @@ def continued(model: InteractiveModel, text: str) -> str:
     return model.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=3e-4, rtol=1e-3)
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=3e-4, rtol=1e-3)
 
 
 def test_steering_equals_a_hook_that_adds_the_direction(
@@ -77,8 +77,8 @@ def test_steering_equals_a_hook_that_adds_the_direction(
     vector = 3 * sae.directions([4, 9]).sum(0)
     before = [model.logits(t) for t in SHORT]
     with saexp.steer(model, sae, [4, 9], coefficient=3, unit="raw"):
-        found, texts = model.logits(SHORT), model.generate(SHORT, max_new_tokens=6)
-    for text, logits, continuation, old in zip(SHORT, found, texts, before, strict=True):
+        all_logits, texts = model.logits(SHORT), model.generate(SHORT, max_new_tokens=6)
+    for text, logits, continuation, old in zip(SHORT, all_logits, texts, before, strict=True):
         with hook(model, lambda x: x + vector):
             close(logits, plain(model, text))
             assert continuation == continued(model, text)
@@ -94,10 +94,10 @@ def test_ablation_equals_a_hook_that_subtracts_the_contribution(
         return x - sae.encode(x)[..., latents] @ sae.W_dec[latents]
 
     with saexp.ablate(model, sae, latents):
-        found = model.logits(SHORT)
+        all_logits = model.logits(SHORT)
         left = saexp.encode(model, sae, SHORT[0]).dense()
         texts = model.generate(SHORT, max_new_tokens=6)
-    for text, logits, continuation in zip(SHORT, found, texts, strict=True):
+    for text, logits, continuation in zip(SHORT, all_logits, texts, strict=True):
         with hook(model, subtract):
             close(logits, plain(model, text))
             assert continuation == continued(model, text)
@@ -135,9 +135,9 @@ def test_an_inner_edit_reads_what_the_outer_one_leaves(
         return x - sae.encode(x)[..., [4]] @ sae.W_dec[[4]]
 
     with saexp.steer(model, sae, 4, coefficient=3, unit="raw"), saexp.ablate(model, sae, 4):
-        found, continuation = model.logits(SHORT[0]), model.generate(SHORT, max_new_tokens=6)
+        logits, continuation = model.logits(SHORT[0]), model.generate(SHORT, max_new_tokens=6)
     with hook(model, change):
-        close(found, plain(model, SHORT[0]))
+        close(logits, plain(model, SHORT[0]))
         assert continuation == [continued(model, text) for text in SHORT]
 
 
@@ -183,9 +183,9 @@ def test_any_exit_removes_the_edits(llama: InteractiveModel, sae: SparseAutoenco
 
 def test_edit_applies_functions(llama: InteractiveModel) -> None:
     with saexp.edit(llama, {1: lambda x: 0.5 * x}):
-        found, continuation = llama.logits(SHORT[0]), llama.generate(SHORT[0], max_new_tokens=6)
+        logits, continuation = llama.logits(SHORT[0]), llama.generate(SHORT[0], max_new_tokens=6)
     with hook(llama, lambda x: 0.5 * x, first=0):
-        close(found, plain(llama, SHORT[0]))
+        close(logits, plain(llama, SHORT[0]))
         assert continuation == continued(llama, SHORT[0])
 
 
@@ -205,13 +205,13 @@ def test_units_scale_the_direction(llama: InteractiveModel, sae: SparseAutoencod
 
 def test_the_median_norm_of_the_shipped_model_is_that_of_a_run(tmp_path: object) -> None:
     tiny = saexp.load_model("tiny", device="cpu")
-    found = median_norm(tiny, Hookpoint(2, "resid_post"))
+    norm = median_norm(tiny, Hookpoint(2, "resid_post"))
     cfg = saexp.compose(["layer=2", "device=cpu", f"cache_dir={tmp_path}/cache", "tracker=none"])
     from saexp.pipeline.collect import collect_neutral
 
     at = Hookpoint(2, "resid_post")
     neutral = collect_neutral(cfg, tiny, [at], cfg.analyzer.n_background)
-    assert found == pytest.approx(neutral.ordinary([at]).median_norm(at), rel=2e-2)
+    assert norm == pytest.approx(neutral.ordinary([at]).median_norm(at), rel=2e-2)
 
 
 def test_errors_name_what_to_type(llama: InteractiveModel, sae: SparseAutoencoder) -> None:

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 import saexp
 from saexp.config import RunConfig
 from saexp.config.run import conf_folder, for_hydra
-from tests.unit.reports.left import command
+from tests.unit.reports.run_outputs import command
 
 
 def test_a_group_left_out_is_none_where_it_has_that_option() -> None:
@@ -64,9 +64,9 @@ def test_the_shell_completes_groups_options_and_keys(
 ) -> None:
     monkeypatch.setenv("COMP_LINE", line)
     monkeypatch.setenv("COMP_POINT", str(len(line)))
-    said = command(tmp_path, "-sc", "query=bash")
-    assert said.code == 0, said.err
-    assert set(said.out.split()) == words
+    result = command(tmp_path, "-sc", "query=bash")
+    assert result.code == 0, result.err
+    assert set(result.out.split()) == words
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ from saexp.config import one_line
 from saexp.config.run import conf_folder
 from saexp.config.tasks import CACHE_ACTIONS
 from saexp.errors import ConfigError
-from tests.unit.reports.left import command
+from tests.unit.reports.run_outputs import command
 
 
 def error_line(*words: str) -> str:
@@ -124,7 +124,7 @@ def test_a_key_that_nothing_reads_is_refused_with_plus_too(word: str, line: str)
     assert error_line(word).startswith(line)
 
 
-TAKEN = [
+ACCEPTED = [
     (["+experiment=entity_recognition"], "positions.name", "entity_last"),
     (["++experiment=uncertainty"], "positions.name", "last"),
     (["+analyzer=probe"], "analyzer.name", "probe"),
@@ -135,12 +135,12 @@ TAKEN = [
 ]
 
 
-@pytest.mark.parametrize(("words", "key", "value"), TAKEN, ids=[t[0][0] for t in TAKEN])
+@pytest.mark.parametrize(("words", "key", "value"), ACCEPTED, ids=[t[0][0] for t in ACCEPTED])
 def test_what_may_be_added_is_taken(words: list[str], key: str, value: object) -> None:
-    found: object = saexp.compose(words)
+    setting: object = saexp.compose(words)
     for name in key.split("."):
-        found = found[name] if isinstance(found, dict) else getattr(found, name)
-    assert found == value
+        setting = setting[name] if isinstance(setting, dict) else getattr(setting, name)
+    assert setting == value
 
 
 @pytest.mark.parametrize(("added", "line"), [("foo: 1", "'foo'"), ("model: {fo: 1}", "fo")])
@@ -150,10 +150,10 @@ def test_an_experiment_file_with_a_key_that_nothing_reads_is_refused(
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     text = f"# @package _global_\nlayer: 2\n{added}\n"
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(text)
-    found = command(tmp_path, "--config-dir", "conf", "experiment=mine", "tracker=none")
-    assert found.code == 1
-    assert line in found.err
-    assert len(found.err.splitlines()) == 1
+    result = command(tmp_path, "--config-dir", "conf", "experiment=mine", "tracker=none")
+    assert result.code == 1
+    assert line in result.err
+    assert len(result.err.splitlines()) == 1
 
 
 LINES = [
@@ -226,9 +226,9 @@ def test_settings_of_a_former_file_are_read(tmp_path: Path) -> None:
     text = "# @package _global_\ndefaults: [override /task: collect]\nshard: 0\nn_shards: 99\n"
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(text)
     words = ["--config-dir", "conf", "experiment=mine", "tracker=none", "dataset.n_examples=8"]
-    found = command(tmp_path, *words)
-    assert found.code == 0, found.err
-    assert "shard= is now task.shard=" in found.err
+    result = command(tmp_path, *words)
+    assert result.code == 0, result.err
+    assert "shard= is now task.shard=" in result.err
 
 
 @pytest.mark.parametrize(

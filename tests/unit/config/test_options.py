@@ -122,11 +122,11 @@ def test_columns_are_mapped_one_by_one_and_all_at_once() -> None:
 
 
 def test_only_typed_numbers_that_can_change_a_run_are_part_of_its_fingerprint():
-    def kept(*words: str) -> list[str]:
-        return saexp.compose(list(words)).intervention.kept()
+    def kept_numbers(*words: str) -> list[str]:
+        return saexp.compose(list(words)).intervention.effective_keep()
 
-    assert kept("intervention.n_prompts=7") == kept() == []
-    assert kept("intervention.n_prompts=100") == ["n_prompts"]
+    assert kept_numbers("intervention.n_prompts=7") == kept_numbers() == []
+    assert kept_numbers("intervention.n_prompts=100") == ["n_prompts"]
     both = ["intervention.top_k=4", "intervention.n_prompts=100"]
-    assert kept(*both) == kept(*reversed(both)) == ["n_prompts", "top_k"]
-    assert kept("intervention=none", "intervention.n_prompts=100") == []
+    assert kept_numbers(*both) == kept_numbers(*reversed(both)) == ["n_prompts", "top_k"]
+    assert kept_numbers("intervention=none", "intervention.n_prompts=100") == []

@@ -77,24 +77,24 @@ def test_a_space_is_added_where_one_belongs(prompt: str, answer: str, written: s
 def test_the_token_is_the_one_that_follows_the_prompt_s_own(
     of: str, prompt: str, answer: str, written: str
 ) -> None:
-    made = base_tokenizers()[of]
+    base_tokenizer = base_tokenizers()[of]
     before, whole = (
-        list(made(t, add_special_tokens=False)["input_ids"]) for t in (prompt, written)
+        list(base_tokenizer(t, add_special_tokens=False)["input_ids"]) for t in (prompt, written)
     )
     example = Example(id="1", text=prompt, answers=(answer,), extra={"foil": answer})
-    model = with_tokenizer(made)
-    found, skips = questions([example], model, 512)
+    model = with_tokenizer(base_tokenizer)
+    asked, skips = questions([example], model, 512)
     if whole[: len(before)] != before:
         assert [s.reason for s in skips] == ["answer merges with the prompt's last token"]
         with pytest.raises(PositionNotFound, match="^answer merges with the prompt's last token$"):
-            AnswerLogit().tokens(example, made)
+            AnswerLogit().tokens(example, base_tokenizer)
         return
     # Outcomes and the capability analyzer say the same.
-    [question] = found
+    [question] = asked
     assert question.answer_id == whole[len(before)]
-    assert AnswerRank().tokens(example, made) == ([whole[len(before)]], [])
+    assert AnswerRank().tokens(example, base_tokenizer) == ([whole[len(before)]], [])
     with pytest.raises(PositionNotFound, match="begin with one token"):
-        LogitDifference().tokens(example, made)
+        LogitDifference().tokens(example, base_tokenizer)
     assert question.foil_reason == "foil begins with the answer's first token"
 
 
@@ -110,12 +110,12 @@ def test_in_chat_the_answer_begins_the_model_s_turn(of: str, answer: str) -> Non
     )
     cfg = InterventionConfig(name="steer", where="last")
     [placed] = position_prompts([example], model, cfg, 512).all()
-    found, skips = questions([example], model, 512)
+    asked, skips = questions([example], model, 512)
     if whole[: len(before)] != before:
         assert [s.reason for s in skips] == ["answer merges with the prompt's last token"]
         return
-    assert found[0].answer_id == whole[len(before)]
-    assert AnswerLogit().tokens(placed.example, model.tokenizer) == ([found[0].answer_id], [])
+    assert asked[0].answer_id == whole[len(before)]
+    assert AnswerLogit().tokens(placed.example, model.tokenizer) == ([asked[0].answer_id], [])
     assert space_note([placed.example]) == []
 
 
@@ -151,8 +151,8 @@ def test_a_missing_foil_is_none(foil: Any) -> None:
     assert foil_of(example) is None
     with pytest.raises(PositionNotFound, match="no foil"):
         LogitDifference().tokens(example, tokenizer())
-    found, _ = questions([example], random_lm("llama"), 64)
-    assert found[0].foil_reason is None
+    asked, _ = questions([example], random_lm("llama"), 64)
+    assert asked[0].foil_reason is None
 
 
 def test_the_data_set_s_option_decides_and_a_continuation_is_as_given(tmp_path) -> None:

@@ -240,9 +240,9 @@ def test_text_errors(tmp_path):
     assert message_of(lambda: build("text"), ConfigError) == (
         "dataset.path is not set: type dataset.path=FILE (one text per line) or a folder"
     )
-    for place in (tmp_path, tmp_path / "absent.txt"):
-        assert message_of(lambda place=place: build("text", path=str(place))) == (
-            f"dataset.path={place}: no such text file, nor a folder with .txt files"
+    for folder in (tmp_path, tmp_path / "absent.txt"):
+        assert message_of(lambda folder=folder: build("text", path=str(folder))) == (
+            f"dataset.path={folder}: no such text file, nor a folder with .txt files"
         )
     (tmp_path / "empty.txt").write_text(" \n")
     path = str(tmp_path / "empty.txt")

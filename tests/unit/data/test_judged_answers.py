@@ -37,9 +37,9 @@ def asked(row: dict) -> Question:
 
 @pytest.mark.parametrize("row", SAMPLE, ids=[row["case"] for row in SAMPLE])
 def test_the_judge_gives_the_verdict_derived_by_hand(row):
-    refusal, named = Refusal(), Example(id="", text="", entity=row["entity"])
+    refusal, entity_example = Refusal(), Example(id="", text="", entity=row["entity"])
     verdict = label_answer(
-        row["answer"], asked(row), Rules(), lambda text: bool(refusal.score(text, named))
+        row["answer"], asked(row), Rules(), lambda text: bool(refusal.score(text, entity_example))
     )
     assert verdict == row["verdict"], row
 
@@ -65,8 +65,10 @@ def shipped_questions() -> list[Question]:
 
 
 def verdict_of(answer: str, question: Question) -> str:
-    refusal, named = Refusal(), Example(id="", text="", entity=question.entity)
-    return label_answer(answer, question, Rules(), lambda text: bool(refusal.score(text, named)))
+    refusal, entity_example = Refusal(), Example(id="", text="", entity=question.entity)
+    return label_answer(
+        answer, question, Rules(), lambda text: bool(refusal.score(text, entity_example))
+    )
 
 
 @pytest.mark.parametrize(

@@ -89,19 +89,19 @@ def test_attributes_in_another_form_are_one_line():
 
 
 def test_each_entity_is_asked_once_and_what_is_not_asked_is_counted():
-    made, not_asked = questions(
+    asked, not_asked = questions(
         [
             example(attributes={"directors": "Quentin Tarantino", "budget": 8, "genres": ""}),
             example(attributes={"directors": ["Q. T."], "cast": ["Uma Thurman"]}, group="known"),
             Example(id="9", text="no entity"),
         ]
     )
-    assert [(q.attribute, q.truths) for q in made] == [
+    assert [(q.attribute, q.truths) for q in asked] == [
         ("director", ("Quentin Tarantino", "Q. T.")),
         ("cast", ("Uma Thurman",)),
     ]
-    assert made[0].text == "Who directed the movie Pulp Fiction?"
-    assert made[0].beginning == "The movie Pulp Fiction was directed by"
+    assert asked[0].text == "Who directed the movie Pulp Fiction?"
+    assert asked[0].beginning == "The movie Pulp Fiction was directed by"
     reason = (
         "no template for movie budget; to ask about it, type "
         "\"task.templates.movie.budget='What is the budget of the movie {entity}?'\""
@@ -110,26 +110,26 @@ def test_each_entity_is_asked_once_and_what_is_not_asked_is_counted():
 
 
 def test_invented_names_are_asked_what_others_of_their_type_are():
-    made, not_asked = questions(
+    asked, not_asked = questions(
         [
             example(attributes={"director": "Quentin Tarantino", "cast": ["Uma Thurman"]}),
             example("Salt Verdict", group="unknown", prompt="Who directed Salt Verdict?"),
         ]
     )
-    invented = [q for q in made if q.entity == "Salt Verdict"]
+    invented = [q for q in asked if q.entity == "Salt Verdict"]
     assert [q.attribute for q in invented] == ["director", "cast"]
     assert all(q.truths == () and q.given_group == "unknown" for q in invented)
     assert not_asked == {}
 
 
 def test_without_attributes_the_own_prompts_are_asked():
-    made, not_asked = questions(
+    asked, not_asked = questions(
         [
             example(prompt="Who directed it?", answers=("Q. T.",), extra={"attribute": "director"}),
             example("Salt Verdict"),
         ]
     )
-    assert [(q.text, q.truths, q.attribute, q.beginning) for q in made] == [
+    assert [(q.text, q.truths, q.attribute, q.beginning) for q in asked] == [
         ("Who directed it?", ("Q. T.",), "director", "")
     ]
     assert not_asked == {"neither attributes nor a prompt": 1}
@@ -137,20 +137,20 @@ def test_without_attributes_the_own_prompts_are_asked():
 
 def test_the_shipped_entities_can_all_be_asked():
     examples = entities(DatasetConfig(name="entities")).examples
-    made, not_asked = questions(examples)
-    assert {q.entity for q in made} == {e.entity for e in examples}
+    asked, not_asked = questions(examples)
+    assert {q.entity for q in asked} == {e.entity for e in examples}
     assert [r.partition(";")[0] for r in not_asked] == ["no template for player sport"]
-    for one in made:
+    for one in asked:
         assert "{" not in one.text + one.beginning
         assert one.text.count(one.entity) == 1
         assert bool(one.truths) == (one.given_group == "known")
     forms = {
-        group: {(q.entity_type, q.attribute) for q in made if q.given_group == group}
+        group: {(q.entity_type, q.attribute) for q in asked if q.given_group == group}
         for group in ("known", "unknown")
     }
     assert forms["known"] == forms["unknown"]
     rules = Rules()
-    for one in made:
+    for one in asked:
         for truth in one.truths:
             answer = f"The answer is {truth}."
             assert label_answer(answer, one, rules, refuses) == "correct", one

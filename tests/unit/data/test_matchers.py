@@ -157,10 +157,10 @@ def test_genres(answer, truth, right):
     ],
 )
 def test_numbers_in_text(text, values):
-    found = [q.value for q in quantities(text)]
-    assert found[: len(values)] == pytest.approx(values)
+    amounts = [q.value for q in quantities(text)]
+    assert amounts[: len(values)] == pytest.approx(values)
     if not values:
-        assert found == []
+        assert amounts == []
 
 
 @pytest.mark.parametrize(
@@ -267,8 +267,8 @@ def test_years_in_text(text, value):
     ],
 )
 def test_coordinates_in_text(text, pair):
-    found = coordinates(text)
-    assert found is None if pair is None else found == pytest.approx(pair, abs=1e-4)
+    actual = coordinates(text)
+    assert actual is None if pair is None else actual == pytest.approx(pair, abs=1e-4)
 
 
 @pytest.mark.parametrize(

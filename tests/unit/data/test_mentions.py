@@ -43,8 +43,8 @@ def test_text_and_entity_may_differ_in_normalisation(form: str) -> None:
     other = "NFD" if form == "NFC" else "NFC"
     text = unicodedata.normalize(form, "Zoë met Zoë and Zoëy")
     spans = find_mentions(text, unicodedata.normalize(other, "Zoë"))
-    found = [text[a:b] for a, b in spans]
-    assert found == [unicodedata.normalize(form, "Zoë")] * 2
+    mentions = [text[a:b] for a, b in spans]
+    assert mentions == [unicodedata.normalize(form, "Zoë")] * 2
 
 
 def test_a_base_letter_is_not_found_before_its_combining_mark() -> None:

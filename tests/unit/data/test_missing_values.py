@@ -68,8 +68,8 @@ def test_what_is_not_missing(value):
 
 
 def test_numbers_of_the_list_are_missing_however_they_are_written():
-    for given in ("-999", -999):
-        missing = MissingValues([given])
+    for marker in ("-999", -999):
+        missing = MissingValues([marker])
         assert all(value in missing for value in ("-999", -999, -999.0, "", None, math.nan))
         assert not any(value in missing for value in ("NA", "nan", 999, "-999.5"))
 

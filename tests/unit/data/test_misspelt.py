@@ -28,9 +28,9 @@ def read(folder: Path, rows: list[dict[str, Any]], **options: Any) -> ExampleSet
     + [("anwser", "answer"), ("promt", "prompt"), ("ID", "id")],
 )
 def test_a_column_that_is_nearly_one_of_ours_is_noted(tmp_path, column, meant):
-    made = read(tmp_path, [{**TWO[0], column: "train"}, TWO[1]])
-    assert made.notes == [f"column '{column}' is not used by saexp; did you mean {meant}?"]
-    assert made.examples[0].extra == {column: "train"}
+    dataset = read(tmp_path, [{**TWO[0], column: "train"}, TWO[1]])
+    assert dataset.notes == [f"column '{column}' is not used by saexp; did you mean {meant}?"]
+    assert dataset.examples[0].extra == {column: "train"}
 
 
 def test_other_columns_are_kept_without_a_word(tmp_path):

@@ -55,7 +55,7 @@ def test_words_that_are_and_are_not_numbers(text: str, read: str):
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [
         ("90 minutes", [(90, None)]),
         ("90-100 minutes", [(90, 100)]),
@@ -67,13 +67,13 @@ def test_words_that_are_and_are_not_numbers(text: str, read: str):
         ("the 2nd film, 16%, 12 percent, 7 minutes", [(7, None)]),
     ],
 )
-def test_amounts_with_ranges(text: str, found: list):
+def test_amounts_with_ranges(text: str, expected: list):
     got = amounts(text, {"minutes": 1.0, "hours": 60.0})
-    assert [(a.value, a.other) for a in got] == found
+    assert [(a.value, a.other) for a in got] == expected
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [
         ("1969 or 1970", [(1969, 1970)]),
         ("between 1965 and 1975", [(1965, 1975)]),
@@ -83,5 +83,5 @@ def test_amounts_with_ranges(text: str, found: list):
         ("on 1963-02-17", [(1963, None)]),
     ],
 )
-def test_years_with_ranges(text: str, found: list):
-    assert [(y.value, y.other) for y in years(text)] == found
+def test_years_with_ranges(text: str, expected: list):
+    assert [(y.value, y.other) for y in years(text)] == expected

@@ -251,7 +251,7 @@ def test_a_files_column_never_replaces_one_of_ours(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "kept"),
+    ("values", "expected"),
     [
         ([1, 2.5, None], [1.0, 2.5, None]),
         ([True, None, False], [True, None, False]),
@@ -261,12 +261,12 @@ def test_a_files_column_never_replaces_one_of_ours(tmp_path):
         ([[1, 2], {"k": "v"}, None], ["[1, 2]", "{'k': 'v'}", None]),
     ],
 )
-def test_columns_of_the_file_fit_into_parquet_whatever_they_mix(values, kept, tmp_path):
+def test_columns_of_the_file_fit_into_parquet_whatever_they_mix(values, expected, tmp_path):
     examples = [example(id=str(n), extra={"x": v}) for n, v in enumerate(values)]
     rows = placed(examples, "entity_last").rows
     rows.to_parquet(tmp_path / "rows.parquet", index=False)
     back = pd.read_parquet(tmp_path / "rows.parquet")
-    assert [None if pd.isna(v) else v for v in back["x"]] == kept
+    assert [None if pd.isna(v) else v for v in back["x"]] == expected
     assert back.equals(rows)
 
 

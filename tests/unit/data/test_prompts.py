@@ -191,9 +191,9 @@ def test_the_message_is_located_whatever_it_says(of: str, message: str) -> None:
 def located(model: Any, example: Example, where: str, **options: Any) -> list[str]:
     """Texts of the tokens that are changed."""
     cfg = InterventionConfig(name="steer", where=where, where_options=options)
-    found = position_prompts([example], model, cfg, 512)
-    assert not found.reasons
-    [placed] = found.all()
+    prompts = position_prompts([example], model, cfg, 512)
+    assert not prompts.reasons
+    [placed] = prompts.all()
     return [placed.tokens.text[slice(*placed.tokens.offsets[i])] for i in placed.positions]
 
 

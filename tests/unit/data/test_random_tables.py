@@ -73,11 +73,11 @@ def check(name, path, expected):
     scores = [row["score"] for row in expected]
     if all(score is None for score in scores) or len({s > 0 for s in scores if s is not None}) < 2:
         cfg.group_rule = None
-    made = registry.build("dataset", cfg)
+    dataset = registry.build("dataset", cfg)
     grouped = cfg.group_rule is not None
     left = [row for row in expected if not grouped or row["score"] is not None]
-    assert len(made.examples) == len(left)
-    for example, row in zip(made.examples, left, strict=True):
+    assert len(dataset.examples) == len(left)
+    for example, row in zip(dataset.examples, left, strict=True):
         assert example.text == row["text"]
         assert example.prompt == row["prompt"]
         assert example.entity_type == row["entity_type"]
@@ -86,7 +86,7 @@ def check(name, path, expected):
         if grouped:
             assert (example.group == "score > 0") == (row["score"] > 0)
     counts = {column: sum(row[column] is None for row in expected) for column in expected[0]}
-    missing_value_notes = [note for note in made.notes if note.startswith("missing values")]
+    missing_value_notes = [note for note in dataset.notes if note.startswith("missing values")]
     columns = "".join(f"'{c}' {n}, " for c, n in counts.items() if n)
     assert bool(missing_value_notes) == bool(columns)
     for note in missing_value_notes:

@@ -42,9 +42,9 @@ def _names(entity_type: str, group: str) -> list[str]:
 
 
 def _asked(entity_type: str, question: str) -> str:
-    found = [a for start, a in ASKED[entity_type].items() if question.startswith(start)]
-    assert len(found) == 1, question
-    return found[0]
+    attributes = [a for start, a in ASKED[entity_type].items() if question.startswith(start)]
+    assert len(attributes) == 1, question
+    return attributes[0]
 
 
 def _answers_it(answer: str, fact: Any) -> bool:

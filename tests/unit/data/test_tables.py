@@ -155,9 +155,9 @@ def test_attributes_in_a_csv_cell_are_asked_as_those_of_a_jsonl_are(tmp_path, wr
     with file.open("w", newline="", encoding="utf-8") as opened:
         cells = {**row, "attributes": json.dumps(attributes)}
         csv_module.writer(opened).writerows([list(cells), list(cells.values())])
-    made, _ = questions(read(str(file), csv).examples)
-    assert made == questions(read(write(row)).examples)[0]
-    assert [q.truths for q in made] == [("Ann Lee",)]
+    asked, _ = questions(read(str(file), csv).examples)
+    assert asked == questions(read(write(row)).examples)[0]
+    assert [q.truths for q in asked] == [("Ann Lee",)]
 
 
 def test_a_printed_numpy_array_is_not_read_as_a_list(write):
@@ -172,16 +172,16 @@ def test_a_csv_field_may_be_long_in_every_thread(tmp_path):
     file = tmp_path / "f.csv"
     with file.open("w", newline="") as opened:
         csv_module.writer(opened).writerows([["text"], *[[text]] * 4])
-    found = []
+    read_examples = []
     threads = [
-        threading.Thread(target=lambda: found.append(read(str(file), csv).examples))
+        threading.Thread(target=lambda: read_examples.append(read(str(file), csv).examples))
         for _ in range(4)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [[e.text for e in examples] for examples in found] == [[text] * 4] * 4
+    assert [[e.text for e in examples] for examples in read_examples] == [[text] * 4] * 4
 
 
 def test_columns_are_mapped_and_the_files_own_of_that_name_is_kept_apart(write):
@@ -253,8 +253,8 @@ def test_a_rule_that_compares_with_a_missing_value(write):
     message = message_of(lambda: read(path, group_rule="n == 'NA'"), ConfigError)
     assert message.startswith("dataset.group_rule=n == 'NA' compares with a missing value")
     rows = write({"text": "t", "n": "NA"}, {"text": "t", "n": "DE"})
-    kept = read(rows, group_rule="n == 'NA'", missing_values=["null"])
-    assert [e.group for e in kept.examples] == ["n == 'NA'", "not (n == 'NA')"]
+    dataset = read(rows, group_rule="n == 'NA'", missing_values=["null"])
+    assert [e.group for e in dataset.examples] == ["n == 'NA'", "not (n == 'NA')"]
 
 
 def test_a_rule_that_compares_a_non_number_is_an_error(write):
@@ -376,7 +376,7 @@ def test_an_id_that_stands_twice(write):
 
 
 def test_made_up_ids_never_meet_given_ones(write):
-    rows = [{"text": "t", **given} for given in ({}, {"id": 1}, {"id": "line 1"}, {})]
+    rows = [{"text": "t", **fields} for fields in ({}, {"id": 1}, {"id": "line 1"}, {})]
     assert [e.id for e in read(write(*rows)).examples] == ["line line 1", "1", "line 1", "4"]
 
 

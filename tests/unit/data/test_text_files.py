@@ -38,11 +38,11 @@ def test_every_reader_of_lines_keeps_what_stands_in_them(tmp_path, newline, mark
     lines = ["    indented", "a\u2028b\u0085c\fd\x1ee", "trailing  ", "\ttab", *NO_ENDS]
     file = tmp_path / "f.txt"
     file.write_bytes(mark + newline.join(["", *lines, "", "  "]).encode())
-    kept = lines[:4]
-    assert texts_of("text", file) == kept
-    assert texts_of("text", tmp_path) == kept
+    expected = lines[:4]
+    assert texts_of("text", file) == expected
+    assert texts_of("text", tmp_path) == expected
     cfg = DatasetConfig(name="any", background=str(file))
-    assert background_texts(cfg) == kept
+    assert background_texts(cfg) == expected
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])

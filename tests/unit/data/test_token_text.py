@@ -33,15 +33,15 @@ TEXTS = [
 
 
 def wrapped(name: str) -> PreTrainedTokenizerFast:
-    made, settings = {
+    backend, settings = {
         "gpt_2": gpt_2,
         "gpt_neox": gpt_neox,
         "llama_3": llama_3,
         "gemma_2": gemma_2,
     }[name]()
-    kept = {k: settings[k] for k in ("clean_up_tokenization_spaces",) if k in settings}
+    cleanup = {k: settings[k] for k in ("clean_up_tokenization_spaces",) if k in settings}
     special = {k: v for k, v in settings.items() if k.endswith("_token") and isinstance(v, str)}
-    return PreTrainedTokenizerFast(tokenizer_object=made, **special, **kept)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special, **cleanup)
 
 
 TOKENIZERS = {name: wrapped(name) for name in ("gpt_2", "gpt_neox", "llama_3", "gemma_2")}
@@ -74,10 +74,10 @@ def test_pieces_put_together_are_the_text(name: str) -> None:
     words = TOKENIZERS[name]
     split = 0
     for text in tokenize(TEXTS, words, 400):
-        found = token_pieces(text, words)
-        assert without_special(text, found) == text.text
-        assert not any("\ufffd" in piece for piece in found)
-        split += sum(piece == "" for piece in found)
+        pieces = token_pieces(text, words)
+        assert without_special(text, pieces) == text.text
+        assert not any("\ufffd" in piece for piece in pieces)
+        split += sum(piece == "" for piece in pieces)
     assert split > 5, "the texts have characters of several tokens"
 
 

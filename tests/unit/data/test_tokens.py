@@ -56,8 +56,8 @@ def one(text, max_length=64, of=None):
     return tokenize([text], of or tokenizer(), max_length)[0]
 
 
-def strings(tokens, found):
-    return [tokens.text[a:b] for a, b in (tokens.offsets[i] for i in found)]
+def strings(tokens, indices):
+    return [tokens.text[a:b] for a, b in (tokens.offsets[i] for i in indices)]
 
 
 def span_of(text, part):
@@ -129,9 +129,9 @@ def test_a_text_is_cut_as_its_whole_tokens_are_whoever_gave_it_a_bos(bos, templa
 def test_a_word_after_a_space_is_its_tokens_whoever_holds_the_space(trim):
     fast = tokenizer(trim_offsets=trim)
     tokens = one(TEXTS[0], of=fast)
-    found = span_to_tokens(tokens, span_of(TEXTS[0], "Fenlet Baszad"))
-    assert fast.decode([tokens.ids[i] for i in found]) == " Fenlet Baszad"
-    assert found == list(range(found[0], found[-1] + 1))
+    indices = span_to_tokens(tokens, span_of(TEXTS[0], "Fenlet Baszad"))
+    assert fast.decode([tokens.ids[i] for i in indices]) == " Fenlet Baszad"
+    assert indices == list(range(indices[0], indices[-1] + 1))
 
 
 @BOTH_OFFSETS
@@ -149,9 +149,9 @@ def test_a_token_with_a_part_of_a_character_belongs_to_it(trim, part):
 def test_emoji_and_cjk_are_all_their_bytes(trim, part):
     fast = tokenizer(trim_offsets=trim)
     tokens = one(TEXTS[4], of=fast)
-    found = span_to_tokens(tokens, span_of(TEXTS[4], part))
-    assert part in fast.decode([tokens.ids[i] for i in found])
-    for left_out in (found[1:], found[:-1]):
+    indices = span_to_tokens(tokens, span_of(TEXTS[4], part))
+    assert part in fast.decode([tokens.ids[i] for i in indices])
+    for left_out in (indices[1:], indices[:-1]):
         assert part not in fast.decode([tokens.ids[i] for i in left_out])
 
 
@@ -193,16 +193,16 @@ def test_the_tokens_of_a_span_cover_it_and_are_ordinary(trim, text, data):
     tokens = one(text, 256, tokenizer(trim_offsets=trim))
     start = data.draw(st.integers(0, len(text) - 1))
     end = data.draw(st.integers(start + 1, len(text)))
-    found = span_to_tokens(tokens, (start, end))
-    covered = {n for i in found for n in range(*tokens.offsets[i])}
+    indices = span_to_tokens(tokens, (start, end))
+    covered = {n for i in indices for n in range(*tokens.offsets[i])}
     inside = text[start:end]
     first = start + len(inside) - len(inside.lstrip())
     last = end - len(inside) + len(inside.rstrip())
     assert covered >= {n for n in range(first, last) if not text[n].isspace()}
-    assert not any(tokens.special[i] for i in found)
+    assert not any(tokens.special[i] for i in indices)
     # None of them could be left out: each holds a character of the span.
-    assert all(set(range(*tokens.offsets[i])) & set(range(first, last)) for i in found)
-    assert bool(found) == bool(inside.strip())
+    assert all(set(range(*tokens.offsets[i])) & set(range(first, last)) for i in indices)
+    assert bool(indices) == bool(inside.strip())
 
 
 @settings(max_examples=150)

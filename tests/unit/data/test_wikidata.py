@@ -130,11 +130,11 @@ def test_json_lines_and_one_file_give_the_same(tmp_path):
 
 
 def test_thresholds(folder):
-    place = folder / "queries"
-    assert message_of(lambda: build(place, min_correct=1)) == (
-        f"{place}: all rows are of one group, known (2); a contrast needs two"
+    queries_folder = folder / "queries"
+    assert message_of(lambda: build(queries_folder, min_correct=1)) == (
+        f"{queries_folder}: all rows are of one group, known (2); a contrast needs two"
     )
-    one = build(place, min_correct=1, max_unknown=1)
+    one = build(queries_folder, min_correct=1, max_unknown=1)
     assert [(e.entity, e.group) for e in one.examples][1] == ("Second Film", "unknown")
     loose = build(folder / "queries", min_correct=10, min_known=1)
     assert {e.entity: e.group for e in loose.examples} == {
@@ -218,9 +218,9 @@ def test_files_that_cannot_be_read(tmp_path):
     assert message_of(lambda: build(None), ConfigError) == (
         "dataset=wikidata needs a file or folder: type dataset.path=FILE"
     )
-    for place in (tmp_path, tmp_path / "absent.json"):
-        assert message_of(lambda p=place: build(p)) == (
-            f"dataset.path={place} is neither a file nor a folder with .json files"
+    for path in (tmp_path, tmp_path / "absent.json"):
+        assert message_of(lambda p=path: build(p)) == (
+            f"dataset.path={path} is neither a file nor a folder with .json files"
         )
     broken = tmp_path / "b.json"
     broken.write_text('[\n{"entity": }]')
@@ -248,8 +248,8 @@ def test_missing_values_of_published_files(tmp_path, nothing):
     got = build(file, min_known=1)
     one = got.examples[0]
     assert (one.answers, one.prompt, one.group) == ((), row["prompt"], "known")
-    made, _ = questions([one])
-    assert [(q.attribute, q.truths) for q in made] == [("cast", ("Ann Lee",))]
+    asked, _ = questions([one])
+    assert [(q.attribute, q.truths) for q in asked] == [("cast", ("Ann Lee",))]
     assert got.notes[0].startswith("missing values in 3 rows, by column: 'attributes' 1, ")
     assert "'correct_answer' 1" in got.notes[0] and "'question' 1" in got.notes[0]
 
@@ -285,8 +285,8 @@ def test_an_entity_that_is_called_as_a_missing_value_is(tmp_path):
     file.write_text(json.dumps([{**ENTITIES[0], "entity": "None"}, ENTITIES[1]]))
     assert len(build(file).examples) == 1
     assert "dataset.missing_values sets" in build(file).notes[0]
-    kept = wikidata(WikidataConfig(name="wikidata", path=str(file), missing_values=["null"]))
-    assert [e.entity for e in kept.examples] == ["None", ENTITIES[1]["entity"]]
+    dataset = wikidata(WikidataConfig(name="wikidata", path=str(file), missing_values=["null"]))
+    assert [e.entity for e in dataset.examples] == ["None", ENTITIES[1]["entity"]]
 
 
 def test_every_mention_is_a_span(tmp_path):
@@ -397,8 +397,8 @@ def endpoint(status=200, body=None, headers=(), wait=0.0):
 
 def test_a_fetched_answer_is_in_the_published_format():
     with endpoint() as (address, seen):
-        found, unnamed = fetch_entities("movie", 7, endpoint=address, min_sitelinks=30)
-    assert found == EXPECTED
+        entities, unnamed = fetch_entities("movie", 7, endpoint=address, min_sitelinks=30)
+    assert entities == EXPECTED
     assert unnamed == 1
     headers, form = seen[0]
     assert headers["Accept"] == "application/sparql-results+json"

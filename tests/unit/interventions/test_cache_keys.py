@@ -52,9 +52,9 @@ ROWS = {
 
 
 def key(row: Row, kind: str = "tokens 5", **of: Any) -> bytes:
-    made = ResultCache.__new__(ResultCache)
-    made.prefix = (2, sorted({"model": "a", "eos": (1,), **of}.items()))
-    return made.key(kind, row.key)
+    empty_cache = ResultCache.__new__(ResultCache)
+    empty_cache.prefix = (2, sorted({"model": "a", "eos": (1,), **of}.items()))
+    return empty_cache.key(kind, row.key)
 
 
 @pytest.mark.parametrize("what", ROWS)
@@ -112,26 +112,26 @@ def test_all_that_decides_of_a_model_what_a_row_gives(
     tmp_path: Path, what: str, do: Callable[[Path], None], options: dict[str, Any], matters: bool
 ) -> None:
     saved_lm("llama", tmp_path)
-    place = {"name": str(tmp_path), "device": "cpu"}
-    before = model_ingredients(LanguageModel(ModelConfig(**place)))
+    settings = {"name": str(tmp_path), "device": "cpu"}
+    before = model_ingredients(LanguageModel(ModelConfig(**settings)))
     do(tmp_path)
-    after = model_ingredients(LanguageModel(ModelConfig(**place, **options)))
+    after = model_ingredients(LanguageModel(ModelConfig(**settings, **options)))
     assert (before != after) == matters, what
 
 
 def shipped(folder: Path, **words: str) -> Any:
     import shutil
 
-    place = Path(saexp.__file__).parent / "assets" / "tiny" / "sae" / "layer_1" / "width_256"
+    source = Path(saexp.__file__).parent / "assets" / "tiny" / "sae" / "layer_1" / "width_256"
     if not folder.exists():
-        shutil.copytree(place, folder)
+        shutil.copytree(source, folder)
     return saexp.build("sae", replace(local_sae(**words), path=str(folder)))
 
 
 @cache
 def local_sae(**words: str) -> SAEConfig:
-    given = {"sae.path": "its folder", "layer": "1", "width": "null", **words}
-    return saexp.compose(["sae=local", *(f"{k}={v}" for k, v in given.items())]).sae
+    settings = {"sae.path": "its folder", "layer": "1", "width": "null", **words}
+    return saexp.compose(["sae=local", *(f"{k}={v}" for k, v in settings.items())]).sae
 
 
 def edit_config(folder: Path, **about: Any) -> None:
@@ -233,9 +233,9 @@ def test_attention_to_two_entities_of_one_prompt_is_measured_for_each() -> None:
     (tokens,) = tokenize([TEXTS[0]], model.tokenizer, 20)
     width = len(tokens)
     rows = [Row(tokens.ids, about=(at,)) for at in (0, 1, 2)]
-    found = _attention(model, rows, {}, {})
+    attention = _attention(model, rows, {}, {})
     ids = torch.tensor([tokens.ids])
-    for row, values in zip(rows, found, strict=True):
+    for row, values in zip(rows, attention, strict=True):
         keys = torch.zeros(1, width, dtype=torch.bool)
         keys[0, row.about[0]] = True
         alone = attention_to(model, ids, torch.ones_like(ids), keys)[0]
@@ -263,5 +263,5 @@ def test_two_entities_of_one_prompt_have_attention_of_their_own() -> None:
         for i, (a, b) in enumerate(tokens.offsets):
             keys[0, i] = a < end and b > start and not tokens.special[i]
         alone.append(attention_to(model, ids, torch.ones_like(ids), keys)[0].mean())
-    found = tables["attention_summary"]["original"].iloc[0]
-    assert found == pytest.approx(float(torch.stack(alone).mean()), abs=1e-6)
+    mean = tables["attention_summary"]["original"].iloc[0]
+    assert mean == pytest.approx(float(torch.stack(alone).mean()), abs=1e-6)

@@ -53,11 +53,11 @@ def test_a_coefficient_chosen_on_the_test_prompts_is_corrected_for() -> None:
     table = summary()
     table["refusal_p_controls"] /= 10
     table = table[table["split"] == "test"]
-    found = with_claims(table, ["refusal"], CHOSEN)
-    family = found[found["chosen"] & found["main"]]
+    claims = with_claims(table, ["refusal"], CHOSEN)
+    family = claims[claims["chosen"] & claims["main"]]
     expected = np.minimum(2 * holm(family["refusal_p_controls"].to_numpy()), 1)
     assert family["refusal_p_controls_holm"].to_numpy() == pytest.approx(expected)
-    assert set(found["n_choices"]) == {2}
+    assert set(claims["n_choices"]) == {2}
     assert set(with_claims(summary(), ["refusal"], CHOSEN)["n_choices"]) == {1}
 
 
@@ -72,15 +72,15 @@ def test_of_many_places_the_one_of_the_largest_change_on_train_is_main() -> None
 
 
 def test_holm_is_over_main_conditions_times_outcomes_at_the_chosen_coefficient() -> None:
-    found = with_claims(summary(), OUTCOMES, CHOSEN)
-    assert set(found.loc[found["main"], "condition"]) == {"a_group", "b_7", "b_probe"}
-    chosen = found[found["chosen"]]
+    claims = with_claims(summary(), OUTCOMES, CHOSEN)
+    assert set(claims.loc[claims["main"], "condition"]) == {"a_group", "b_7", "b_probe"}
+    chosen = claims[claims["chosen"]]
     assert set(chosen["split"]) == {"test"}
     at = dict(zip(chosen["condition"], chosen["coefficient"], strict=True))
     assert at == CHOSEN | {"a_group_control_01": 1.0}
-    family = found[found["chosen"] & found["main"]]
+    family = claims[claims["chosen"] & claims["main"]]
     p = family[[f"{o}_p_controls" for o in OUTCOMES]].to_numpy()
-    adjusted = found[[f"{o}_p_controls_holm" for o in OUTCOMES]]
+    adjusted = claims[[f"{o}_p_controls_holm" for o in OUTCOMES]]
     np.testing.assert_array_equal(adjusted.loc[family.index].to_numpy().ravel(), holm(p.ravel()))
     assert adjusted.notna().sum().sum() == 3 * 2
     # The smallest of 6 is multiplied by 6.
@@ -89,10 +89,10 @@ def test_holm_is_over_main_conditions_times_outcomes_at_the_chosen_coefficient()
 
 def test_outcomes_without_a_p_value_are_not_counted() -> None:
     table = summary().assign(logit_p_controls=np.nan)
-    found = with_claims(table, OUTCOMES, CHOSEN)
-    assert found["logit_p_controls_holm"].isna().all()
-    assert found["refusal_p_controls_holm"].min() == pytest.approx(
-        3 * found.loc[found["chosen"] & found["main"], "refusal_p_controls"].min()
+    claims = with_claims(table, OUTCOMES, CHOSEN)
+    assert claims["logit_p_controls_holm"].isna().all()
+    assert claims["refusal_p_controls_holm"].min() == pytest.approx(
+        3 * claims.loc[claims["chosen"] & claims["main"], "refusal_p_controls"].min()
     )
 
 

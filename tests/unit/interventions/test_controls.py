@@ -30,9 +30,9 @@ def test_distances_and_calipers_are_those_of_a_plain_loop(
 ) -> None:
     facts = table()
     frequency = dict(zip(facts["latent"], facts["frequency"], strict=True))
-    found = matched(facts, latents, 15, caliper=caliper)
-    assert len(found) == 15
-    for controls in found:
+    control_sets = matched(facts, latents, 15, caliper=caliper)
+    assert len(control_sets) == 15
+    for controls in control_sets:
         product, inside = 1.0, True
         for own, other in zip(latents, controls.latents, strict=True):
             ratio = frequency[other] / frequency[own]
@@ -41,16 +41,18 @@ def test_distances_and_calipers_are_those_of_a_plain_loop(
         assert controls.frequency_ratio == pytest.approx(product ** (1 / len(latents)), rel=1e-9)
         assert controls.matched == inside
     # All that are matched come first.
-    assert sorted((c.matched for c in found), reverse=True) == [c.matched for c in found]
+    assert sorted((c.matched for c in control_sets), reverse=True) == [
+        c.matched for c in control_sets
+    ]
 
 
 def test_the_nearest_latents_are_taken_first() -> None:
     facts = table()
-    found = matched(facts, (0,), 20)
+    control_sets = matched(facts, (0,), 20)
     own = facts["frequency"][0]
     others = facts[facts["latent"] != 0]
     nearest = others["latent"].to_numpy()[np.argsort(np.abs(np.log(others["frequency"] / own)))]
-    assert [c.latents[0] for c in found] == nearest[:20].tolist()
+    assert [c.latents[0] for c in control_sets] == nearest[:20].tolist()
 
 
 def test_outside_the_caliper_only_as_many_are_taken_as_are_needed() -> None:
@@ -68,15 +70,15 @@ def test_no_latent_is_twice_in_a_set_or_in_one_position(k: int) -> None:
     facts = table(120)
     facts.loc[50, "frequency"] = 0.0
     own = tuple(facts["latent"][:k])
-    for found in (
+    for control_sets in (
         matched(facts, own, 99, avoid={30, 33}),
         any_active(facts, own, 99, seed=0, avoid={30, 33}),
     ):
-        assert len(found) > 90
+        assert len(control_sets) > 90
         for position in range(k):
-            at = [c.latents[position] for c in found]
+            at = [c.latents[position] for c in control_sets]
             assert len(set(at)) == len(at)
-        for controls in found:
+        for controls in control_sets:
             assert len(set(controls.latents)) == k
             assert not set(controls.latents) & {*own, 30, 33, 150}
 
@@ -102,7 +104,7 @@ def test_conditions_share_no_controls_while_the_caliper_has_others() -> None:
     facts = pd.DataFrame({"latent": np.arange(100), "frequency": np.linspace(0.1, 0.11, 100)})
     uses: Counter[int] = Counter()
     seen = [matched(facts, (own,), 20, uses=uses, avoid={0, 1, 2, 3}) for own in range(4)]
-    used = [c.latents[0] for found in seen for c in found]
+    used = [c.latents[0] for control_sets in seen for c in control_sets]
     assert len(set(used)) == 80
     fifth = matched(facts, (4,), 20, uses=uses, avoid={0, 1, 2, 3})
     assert len({c.latents[0] for c in fifth} - set(used)) >= 15
@@ -111,8 +113,8 @@ def test_conditions_share_no_controls_while_the_caliper_has_others() -> None:
 def test_controls_of_an_inactive_latent_are_the_rarest_and_never_matched() -> None:
     facts = table()
     facts.loc[0, "frequency"] = 0.0
-    found = matched(facts, (0,), 5)
+    control_sets = matched(facts, (0,), 5)
     rarest = facts[facts["frequency"] > 0].sort_values("frequency")["latent"][:5]
-    assert [c.latents[0] for c in found] == rarest.tolist()
-    assert not any(c.matched for c in found)
-    assert all(math.isnan(c.frequency_ratio) for c in found)
+    assert [c.latents[0] for c in control_sets] == rarest.tolist()
+    assert not any(c.matched for c in control_sets)
+    assert all(math.isnan(c.frequency_ratio) for c in control_sets)

@@ -52,13 +52,13 @@ def designed(
 
 def kl_of(edits: Sequence[tuple[Op, ...]]) -> np.ndarray:
     """A KL that grows with what is added, more for some directions than for others."""
-    found = []
+    costs = []
     for ops in edits:
         (op,) = ops
         assert isinstance(op, Add)
         added = op.vector.values.double() * op.coefficient
-        found.append(float((added**2 * torch.linspace(0.01, 0.3, len(added))).sum()))
-    return np.log1p(np.array(found))
+        costs.append(float((added**2 * torch.linspace(0.01, 0.3, len(added))).sum()))
+    return np.log1p(np.array(costs))
 
 
 def second_stage(
@@ -94,21 +94,21 @@ def test_the_first_stage_has_few_controls_at_every_coefficient_the_second_all_at
         ("unknown_2", "frequency"): 2,
         ("unknown_2", "random_norm"): 2,
     }
-    made, kl = second_stage(design)
-    second = Counter((c.of, c.control_kind) for c in made)
+    staged, kl = second_stage(design)
+    second = Counter((c.of, c.control_kind) for c in staged)
     assert second == {
         (of, kind): n
         for of in ("known_group", "unknown_2")
         for kind, n in (("frequency", 3), ("disruption", 5), ("random_norm", 3), ("random_kl", 5))
     }
-    names = [c.name for c in (*design.curve(), *made)]
+    names = [c.name for c in (*design.curve(), *staged)]
     assert len(set(names)) == len(names)
     assert {"known_group_frequency_01", "known_group_random_kl_05"} < set(names)
-    for control in made:
+    for control in staged:
         assert [control.tried(k) for k in range(3)] == [False, False, True]
         assert control.ops("x", 1) is None and control.ops("x", 2)
     measured = {name for name, _ in kl}
-    assert measured == {c.name for c in made if c.control_kind in ("disruption", "random_kl")} | {
+    assert measured == {c.name for c in staged if c.control_kind in ("disruption", "random_kl")} | {
         "known_group",
         "unknown_2",
     }
@@ -118,19 +118,19 @@ def test_at_coefficient_zero_only_latents_are_controls() -> None:
     for control in designed(Steer).curve():
         assert control.tried(0) == (control.control_kind == "frequency")
         assert all(op.coefficient == 0 for op in control.edits[0])
-    made, kl = second_stage(designed(Steer), at=0.0)
-    assert not made and not kl
+    staged, kl = second_stage(designed(Steer), at=0.0)
+    assert not staged and not kl
 
 
 @pytest.mark.parametrize("unit", ["raw", "max_act", "resid_norm"])
 def test_what_random_directions_and_latents_add_has_exactly_the_norm(unit: str) -> None:
     design = designed(Steer, unit=unit, layers="all")
-    made, _ = ControlDesign(
+    staged, _ = ControlDesign(
         design.intervention, design.own, design.coefficients, replace_kinds(design.cfg)
     ).at_chosen({c.name: 0.5 for c in design.main}, kl_of)
     own = {c.name: c for c in design.own}
     seen = 0
-    for control in (*design.curve(), *made):
+    for control in (*design.curve(), *staged):
         at = 2 if control.tried(2) else 1
         pairs = list(zip(control.edits[at], own[control.of].edits[at], strict=True))
         assert len(pairs) == 3
@@ -150,30 +150,30 @@ def replace_kinds(cfg: InterventionConfig) -> InterventionConfig:
 
 def test_scaled_controls_have_the_kl_of_their_condition_and_their_norm_is_reported() -> None:
     design = designed(Steer)
-    made, kl = second_stage(design)
+    staged, kl = second_stage(design)
     own = {c.name: c for c in design.own}
-    table = control_table([*design.own, *design.curve(), *made], design.coefficients, kl)
+    table = control_table([*design.own, *design.curve(), *staged], design.coefficients, kl)
     assert not (table["coefficient"] == 0).any()
     rows = table.set_index(["condition", "coefficient"])
     n = 0
-    for control in made:
+    for control in staged:
         row = rows.loc[(control.name, 1.0)]
         ratio = float(added(control, 2).norm() / added(own[control.of], 2).norm())
         assert row["norm_ratio"] == pytest.approx(ratio, rel=1e-5)
         if control.control_kind not in ("disruption", "random_kl"):
             assert np.isnan(row["kl"])
             continue
-        wanted, found = kl_of([own[control.of].edits[2], control.edits[2]])
-        assert row["kl"] == pytest.approx(found) and row["kl_own"] == pytest.approx(wanted)
-        assert row["kl_ratio"] == pytest.approx(found / wanted)
-        assert row["matched"] and abs(np.log(found / wanted)) <= np.log(1.1)
+        wanted, measured = kl_of([own[control.of].edits[2], control.edits[2]])
+        assert row["kl"] == pytest.approx(measured) and row["kl_own"] == pytest.approx(wanted)
+        assert row["kl_ratio"] == pytest.approx(measured / wanted)
+        assert row["matched"] and abs(np.log(measured / wanted)) <= np.log(1.1)
         n += 1
     assert n == 20
-    for control in made:
+    for control in staged:
         if control.control_kind == "random_kl":
             twin = next(
                 c
-                for c in (*design.curve(), *made)
+                for c in (*design.curve(), *staged)
                 if c.name == control.name.replace("_kl_", "_norm_")
             )
             cosine = torch.cosine_similarity(added(control, 2), added(twin, 2), dim=0)
@@ -190,8 +190,8 @@ def test_scaled_controls_have_the_kl_of_their_condition_and_their_norm_is_report
 
 def test_random_directions_are_different_ones_for_every_condition_and_seed() -> None:
     def vectors(seed: int, of: str) -> torch.Tensor:
-        made = designed(Steer, seed=seed).curve()
-        rows = [added(c, 2) for c in made if c.control_kind == "random_norm" and c.of == of]
+        conditions = designed(Steer, seed=seed).curve()
+        rows = [added(c, 2) for c in conditions if c.control_kind == "random_norm" and c.of == of]
         return torch.stack(rows)
 
     one = vectors(0, "known_group")
@@ -221,9 +221,9 @@ def test_kinds_are_those_that_an_edit_can_have(
 ) -> None:
     design = designed(kind, **settings)
     assert all(design.kinds(c) == kinds for c in design.main)
-    made, _ = second_stage(design)
+    staged, _ = second_stage(design)
     per_kind = Counter(
-        c.control_kind for c in (*design.curve(), *made) if c.of in {m.name for m in design.main}
+        c.control_kind for c in (*design.curve(), *staged) if c.of in {m.name for m in design.main}
     )
     assert per_kind == dict.fromkeys(kinds, 5 * len(design.main))
     none = designed(kind, **{**settings, "n_controls": 0})
@@ -276,8 +276,8 @@ def test_an_intervention_s_own_controls_are_staged_alike() -> None:
     design = designed(SpliceReconstruction)
     first = [c for c in design.curve() if c.of == "known_splice"]
     assert [(c.control_kind, c.number) for c in first] == [("random_norm", 1), ("random_norm", 2)]
-    made, _ = second_stage(design)
-    rest = [c for c in made if c.of == "known_splice"]
+    staged, _ = second_stage(design)
+    rest = [c for c in staged if c.of == "known_splice"]
     assert [c.number for c in rest] == [3, 4, 5]
     assert all(c.ops("x", 1) is None for c in rest)
 
@@ -286,10 +286,10 @@ def test_other_latents_of_the_direction_are_no_controls_those_of_the_other_are()
     about = facts()
     about.table.loc[7, "selected"] = True
     design = designed(Steer, top_k=2, facts=about, frequency_caliper=50.0, n_controls=40)
-    made, _ = second_stage(design)
+    staged, _ = second_stage(design)
     used = {
         direction: {
-            f for c in (*design.curve(), *made) if c.direction == direction for f in c.latents
+            f for c in (*design.curve(), *staged) if c.direction == direction for f in c.latents
         }
         for direction in ("known", "unknown")
     }

@@ -79,8 +79,10 @@ def with_controls(
     intervention: Any, about: LatentStatistics, coefficients: Sequence[float], prompts: Any = None
 ) -> list[Condition]:
     """All conditions and the controls that each has at every coefficient."""
-    made, _ = intervention.plan(about, list(coefficients), prompts or Prompts(), random_lm("llama"))
-    design = ControlDesign(intervention, made, coefficients, intervention.cfg)
+    conditions, _ = intervention.plan(
+        about, list(coefficients), prompts or Prompts(), random_lm("llama")
+    )
+    design = ControlDesign(intervention, conditions, coefficients, intervention.cfg)
     return [*design.own, *design.curve()]
 
 
@@ -178,8 +180,8 @@ def test_random_directions_differ_between_layers_and_groups(kind: type, of: str)
         groups = Prompts(of_group={"known": [], "unknown": []})
         conditions = with_controls(kind(cfg), about, [1.0], groups)
         ops = [c.edits[0][0] for c in conditions if c.of == of and c.role != "place"]
-        found = [op.vector if isinstance(op, Add) else op.instead for op in ops]  # type: ignore[union-attr]
-        return torch.nn.functional.normalize(torch.stack([v.values for v in found]), dim=-1)
+        edit_vectors = [op.vector if isinstance(op, Add) else op.instead for op in ops]  # type: ignore[union-attr]
+        return torch.nn.functional.normalize(torch.stack([v.values for v in edit_vectors]), dim=-1)
 
     one = vectors(1)
     assert len(one) >= 3

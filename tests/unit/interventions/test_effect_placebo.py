@@ -61,8 +61,8 @@ def test_of_no_effect_none_passes() -> None:
 
 @pytest.mark.parametrize(("n", "matched"), [(18, True), (99, False)])
 def test_kinds_that_are_not_achieved_do_not_count(n: int, matched: bool) -> None:
-    made = tables({"frequency": np.arange(n) / n}, matched=matched)
-    assert effect_fraction(*made, "refused", 0.05).metrics == {}
+    inputs = tables({"frequency": np.arange(n) / n}, matched=matched)
+    assert effect_fraction(*inputs, "refused", 0.05).metrics == {}
 
 
 def summary(rates: dict[str, tuple[float, int]], floor: float = 0.01) -> pd.DataFrame:
@@ -78,23 +78,23 @@ def summary(rates: dict[str, tuple[float, int]], floor: float = 0.01) -> pd.Data
 
 def test_the_group_in_which_a_change_must_be_largest_counts() -> None:
     effects = pd.DataFrame({"refused": pd.array([True, False], dtype="boolean")})
-    made = effect_power(effects, summary({"known": (0.05, 40), "unknown": (0.5, 40)}))
+    power = effect_power(effects, summary({"known": (0.05, 40), "unknown": (0.5, 40)}))
     expected = max(detectable_change(40, rate, 0.05) or 1 for rate in (0.05, 0.5))
-    assert made.metrics["power/rate_change"] == pytest.approx(expected)
-    assert made.metrics["power/rate_baseline"] == 0.5
-    assert made.metrics["power/rate_n"] == 40
-    assert made.metrics["power/p_controls_floor"] == 0.01
-    assert made.notes == []
+    assert power.metrics["power/rate_change"] == pytest.approx(expected)
+    assert power.metrics["power/rate_baseline"] == 0.5
+    assert power.metrics["power/rate_n"] == 40
+    assert power.metrics["power/p_controls_floor"] == 0.01
+    assert power.notes == []
 
 
 def test_no_change_of_a_few_entities_is_found() -> None:
     effects = pd.DataFrame({"refused": [True, False]})
-    made = effect_power(effects, summary({"known": (0.0, 5)}))
-    assert made.metrics["power/rate_change"] is None
-    assert "power/rate_change" in made.notes[0]
+    power = effect_power(effects, summary({"known": (0.0, 5)}))
+    assert power.metrics["power/rate_change"] is None
+    assert "power/rate_change" in power.notes[0]
 
 
 def test_outcomes_that_are_not_rates_have_no_detectable_change() -> None:
     effects = pd.DataFrame({"refused": [0.5, 0.1]})
-    made = effect_power(effects, summary({"known": (0.0, 50)}))
-    assert made.metrics == {"power/p_controls_floor": 0.01}
+    power = effect_power(effects, summary({"known": (0.0, 50)}))
+    assert power.metrics == {"power/p_controls_floor": 0.01}

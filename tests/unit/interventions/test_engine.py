@@ -103,9 +103,9 @@ def check(
     `places` count from the end: Gemma-2's last token does not see the first ones.
     """
     rows = [Row(i, (op,), tuple(len(i) + p for p in places)) for i in prompts(model)]
-    for row, found in zip(rows, logits_of(model, rows, sae), strict=True):
+    for row, logits in zip(rows, logits_of(model, rows, sae), strict=True):
         wanted = by_hand(model, row.ids, change, row.positions)
-        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(logits, wanted, atol=2e-4, rtol=1e-4)
     assert not torch.allclose(wanted, plain_logits(model, row.ids), atol=1e-3)
 
 
@@ -144,8 +144,8 @@ def test_steering_equals_a_hand_written_hook(model: LanguageModel, sae: SparseAu
         Row(i, add(sae, (n, n + 5), 0.5 + n), p)
         for n, (i, p) in enumerate(zip(ids, places, strict=True))
     ]
-    found = logits_of(model, rows, sae)
-    for n, (row, logits) in enumerate(zip(rows, found, strict=True)):
+    all_logits = logits_of(model, rows, sae)
+    for n, (row, logits) in enumerate(zip(rows, all_logits, strict=True)):
         added = (0.5 + n) * (sae.W_dec[n] + sae.W_dec[n + 5])
         wanted = by_hand(model, row.ids, lambda x, a=added: x + a, row.positions)
         torch.testing.assert_close(logits, wanted, atol=2e-4, rtol=1e-4)
@@ -237,8 +237,8 @@ def test_patching_a_prompt_from_itself_changes_nothing(
     ids, at = prompts(model)[0], Hookpoint(1, stream)
     own = streams(model, ids, at)
     row = Row(ids, (Patch(at, Vector(own[1:4]), 1.0),), (1, 2, 3))
-    found = logits_of(model, [row], sae)[0]
-    torch.testing.assert_close(found, plain_logits(model, ids), atol=1e-5, rtol=1e-5)
+    logits = logits_of(model, [row], sae)[0]
+    torch.testing.assert_close(logits, plain_logits(model, ids), atol=1e-5, rtol=1e-5)
 
 
 def test_patching_all_positions_from_a_pair_gives_the_pair_s_logits(
@@ -249,8 +249,8 @@ def test_patching_all_positions_from_a_pair_gives_the_pair_s_logits(
     first, second = first[:n], second[:n]
     rows = [Row(first, (Patch(AT, Vector(streams(model, second, AT)), 1.0),), tuple(range(n)))]
     rows.append(Row(prompts(model)[2]))
-    found = logits_of(model, rows, sae)[0]
-    torch.testing.assert_close(found, plain_logits(model, second), atol=1e-4, rtol=1e-4)
+    logits = logits_of(model, rows, sae)[0]
+    torch.testing.assert_close(logits, plain_logits(model, second), atol=1e-4, rtol=1e-4)
 
 
 def test_patching_one_head_leaves_the_others(model: LanguageModel, sae: SparseAutoencoder) -> None:
@@ -260,12 +260,12 @@ def test_patching_one_head_leaves_the_others(model: LanguageModel, sae: SparseAu
     width = values.shape[1] // 4
     places = (len(first) - 3, len(first) - 2)
     row = Row(first, (Patch(at, Vector(values), 1.0, (width, 2 * width)),), places)
-    found = logits_of(model, [row], sae)[0]
+    logits = logits_of(model, [row], sae)[0]
     mixed = streams(model, first, at)[-3:-1].clone()
     mixed[:, width : 2 * width] = values[:, width : 2 * width]
     whole = Row(first, (Patch(at, Vector(mixed), 1.0),), places)
-    torch.testing.assert_close(found, logits_of(model, [whole], sae)[0], atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(found, plain_logits(model, first), atol=1e-4)
+    torch.testing.assert_close(logits, logits_of(model, [whole], sae)[0], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits, plain_logits(model, first), atol=1e-4)
 
 
 def test_several_layers_at_once_equal_two_hooks(
@@ -274,7 +274,7 @@ def test_several_layers_at_once_equal_two_hooks(
     ids = prompts(model)[0]
     vector = sae.W_dec[4]
     ops = tuple(Add(Hookpoint(n, "resid_post"), Vector(vector), 2.0) for n in (0, 1))
-    found = logits_of(model, [Row(ids, ops, (2,))], sae)[0]
+    logits = logits_of(model, [Row(ids, ops, (2,))], sae)[0]
 
     def hook(_m: object, _a: object, out: Tensor | tuple[Tensor, ...]) -> object:
         stream = (out if isinstance(out, Tensor) else out[0]).clone()
@@ -285,7 +285,7 @@ def test_several_layers_at_once_equal_two_hooks(
     wanted = plain_logits(model, ids)
     for handle in handles:
         handle.remove()
-    torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(logits, wanted, atol=2e-4, rtol=1e-4)
 
 
 def test_a_transcoder_reads_one_stream_and_is_written_to_another() -> None:
@@ -306,13 +306,13 @@ def test_a_transcoder_reads_one_stream_and_is_written_to_another() -> None:
     acts = sae.encode(read[2:3])
     wanted = written[2:3] + (1.0 - acts[:, [6]]) * sae.W_dec[6]
     saes = {source: sae}
-    found = last_logits(model, [Row(ids, (Move(source, (6,), (6,), (1.0,), 1.0),), (2,))], saes)
+    logits = last_logits(model, [Row(ids, (Move(source, (6,), (6,), (1.0,), 1.0),), (2,))], saes)
     by_patch = last_logits(model, [Row(ids, (Patch(target, Vector(wanted), 1.0),), (2,))], saes)
-    torch.testing.assert_close(found, by_patch, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits, by_patch, atol=1e-4, rtol=1e-4)
     spliced = last_logits(model, [Row(ids, (Splice(source, 1.0),), (2,))], saes)
-    made = Patch(target, Vector(sae.decode(acts, read[2:3])), 1.0)
+    patch = Patch(target, Vector(sae.decode(acts, read[2:3])), 1.0)
     torch.testing.assert_close(
-        spliced, last_logits(model, [Row(ids, (made,), (2,))], saes), atol=1e-4, rtol=1e-4
+        spliced, last_logits(model, [Row(ids, (patch,), (2,))], saes), atol=1e-4, rtol=1e-4
     )
 
 
@@ -336,7 +336,7 @@ def test_batched_cached_generation_equals_decoding_without_a_cache(
     model: LanguageModel, sae: SparseAutoencoder
 ) -> None:
     ids = prompts(model)
-    made: list[tuple[Row, Callable[[Tensor], Tensor]]] = [
+    rows_and_changes: list[tuple[Row, Callable[[Tensor], Tensor]]] = [
         (Row(ids[0]), lambda x: x),
         (Row(ids[1], add(sae, (3,), 4.0), (1, 2)), lambda x: x + 4 * sae.W_dec[3]),
         (Row(ids[2], add(sae, (5,), 2.0), (2,), True), lambda x: x + 2 * sae.W_dec[5]),
@@ -346,9 +346,9 @@ def test_batched_cached_generation_equals_decoding_without_a_cache(
             lambda x: x + (2.5 - sae.encode(x)[:, [7]]) * sae.W_dec[7],
         ),
     ]
-    rows = [row for row, _ in made]
-    found = generate(model, rows, {AT: sae}, max_new_tokens=6, batch_tokens=10_000)
-    assert found == [greedy_by_hand(model, row, change, 6) for row, change in made]
+    rows = [row for row, _ in rows_and_changes]
+    generated = generate(model, rows, {AT: sae}, max_new_tokens=6, batch_tokens=10_000)
+    assert generated == [greedy_by_hand(model, row, change, 6) for row, change in rows_and_changes]
 
 
 def test_batch_size_and_order_change_no_token(model: LanguageModel, sae: SparseAutoencoder) -> None:
@@ -370,8 +370,8 @@ def test_prompts_that_are_shared_give_what_each_gives_alone(
         Row(ids, add(sae, (n,), 2.0 + n), (len(ids) - 1 - n % 3,)) for ids in long for n in range(6)
     ]
     rows += [Row(ids, add(sae, (1,), 3.0), (), True) for ids in long]
-    found = last_logits(model, rows, {AT: sae})[:, -1]
-    for row, logits in zip(rows, found, strict=True):
+    all_logits = last_logits(model, rows, {AT: sae})[:, -1]
+    for row, logits in zip(rows, all_logits, strict=True):
         alone = logits_of(model, [row], sae)[0]
         torch.testing.assert_close(logits, alone, atol=2e-4, rtol=1e-4)
     together = generate(model, rows, {AT: sae}, max_new_tokens=5, batch_tokens=10_000)
@@ -380,8 +380,8 @@ def test_prompts_that_are_shared_give_what_each_gives_alone(
 
 def test_generation_equals_transformers_generate(model: LanguageModel) -> None:
     ids = prompts(model)
-    found = generate(model, [Row(i) for i in ids], max_new_tokens=6, batch_tokens=10_000)
-    for prompt, tokens in zip(ids, found, strict=True):
+    generated = generate(model, [Row(i) for i in ids], max_new_tokens=6, batch_tokens=10_000)
+    for prompt, tokens in zip(ids, generated, strict=True):
         with torch.inference_mode():
             out = model.hf.generate(
                 torch.tensor([prompt]),
@@ -424,10 +424,10 @@ def test_finished_rows_leave_the_batch_and_change_nothing(sae: SparseAutoencoder
     free = generate(model, rows, saes, max_new_tokens=8, batch_tokens=10_000)
     stop = free[0][2]
     model.__dict__["eos_ids"] = (stop,)
-    found = generate(model, rows, saes, max_new_tokens=8, batch_tokens=10_000)
+    generated = generate(model, rows, saes, max_new_tokens=8, batch_tokens=10_000)
     cut = [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in free]
-    assert found == cut
-    assert found[0] == free[0][:2]
+    assert generated == cut
+    assert generated[0] == free[0][:2]
 
 
 def test_logits_are_read_at_the_last_tokens_of_every_row(
@@ -435,7 +435,7 @@ def test_logits_are_read_at_the_last_tokens_of_every_row(
 ) -> None:
     ids = prompts(model)
     rows = [Row(i, about=(2,)) for i in ids] + [Row(ids[0], add(sae, (2,), 3.0), (1,), about=(3,))]
-    found = read_logits(
+    log_probabilities = read_logits(
         model,
         rows,
         {AT: sae},
@@ -446,13 +446,13 @@ def test_logits_are_read_at_the_last_tokens_of_every_row(
         ),
         batch_tokens=30,
     )
-    for row, values in zip(rows[:-1], found[:-1], strict=True):
+    for row, values in zip(rows[:-1], log_probabilities[:-1], strict=True):
         with torch.inference_mode():
             wanted = model.hf(input_ids=torch.tensor([row.ids])).logits[0, -2:].log_softmax(-1)
         torch.testing.assert_close(
             torch.from_numpy(values).float(), wanted[:, 5], atol=1e-4, rtol=1e-4
         )
-    assert len(found[-1]) == 3
+    assert len(log_probabilities[-1]) == 3
 
 
 def test_the_cost_is_the_divergence_from_the_unedited_model(
@@ -460,14 +460,14 @@ def test_the_cost_is_the_divergence_from_the_unedited_model(
 ) -> None:
     ids = prompts(model)[:2]
     rows = [Row(i, add(sae, (n,), c), (1, 2)) for i in ids for n, c in ((3, 2.0), (4, 0.0))]
-    found = divergences(model, rows, {AT: sae}, batch_tokens=1000)
-    for row, value in zip(rows, found, strict=True):
+    costs = divergences(model, rows, {AT: sae}, batch_tokens=1000)
+    for row, value in zip(rows, costs, strict=True):
         with torch.inference_mode():
             before = model.hf(input_ids=torch.tensor([row.ids])).logits[0, 1:].log_softmax(-1)
         seen = last_logits(model, [row], {AT: sae}, n_last=len(row.ids) - 1)[0].log_softmax(-1)
         wanted = torch.nn.functional.kl_div(seen, before, log_target=True, reduction="none").sum(-1)
         assert value == pytest.approx(float(wanted.mean()), abs=1e-4)
-    assert found[1] == 0
+    assert costs[1] == 0
 
 
 def test_no_hook_is_left(model: LanguageModel, sae: SparseAutoencoder) -> None:

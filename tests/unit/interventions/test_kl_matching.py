@@ -33,10 +33,10 @@ def test_every_edit_is_brought_to_its_target(name: str, alike: bool) -> None:
     n = 60
     measure = Measured(CURVES[name], n)
     target = np.where(np.arange(n) % 2, 1.7, 0.05)
-    found = equal_kl_scales(measure, target, 1.1, (np.arange(n) % 2).tolist() if alike else ())
-    assert found.matched.all()
-    again = CURVES[name](measure.factor, found.scales)
-    np.testing.assert_allclose(found.kl, again)
+    scaling = equal_kl_scales(measure, target, 1.1, (np.arange(n) % 2).tolist() if alike else ())
+    assert scaling.matched.all()
+    again = CURVES[name](measure.factor, scaling.scales)
+    np.testing.assert_allclose(scaling.kl, again)
     assert (np.abs(np.log(again / target)) <= np.log(1.1)).all()
     assert measure.times.mean() < 5
 
@@ -52,18 +52,18 @@ def test_those_that_are_alike_are_measured_less_often() -> None:
 
 def test_a_target_out_of_reach_is_not_matched() -> None:
     measure = Measured(lambda a, s: 0.5 * a / a * (1 - np.exp(-(s**2))), 4)
-    found = equal_kl_scales(measure, np.array([0.3, 0.8, 0.0, 0.4]), 1.1)
-    assert found.matched.tolist() == [True, False, False, True]
-    assert found.kl[1] == pytest.approx(0.5, rel=1e-3)
-    assert np.isnan(found.kl[2]) and found.scales[2] == 1
+    scaling = equal_kl_scales(measure, np.array([0.3, 0.8, 0.0, 0.4]), 1.1)
+    assert scaling.matched.tolist() == [True, False, False, True]
+    assert scaling.kl[1] == pytest.approx(0.5, rel=1e-3)
+    assert np.isnan(scaling.kl[2]) and scaling.scales[2] == 1
 
 
 def test_an_edit_without_effect_is_not_matched() -> None:
-    found = equal_kl_scales(Measured(lambda a, s: 0 * a * s, 2), np.array([0.3, 1.0]), 1.1)
-    assert not found.matched.any()
+    scaling = equal_kl_scales(Measured(lambda a, s: 0 * a * s, 2), np.array([0.3, 1.0]), 1.1)
+    assert not scaling.matched.any()
 
 
 def test_nothing_to_match_measures_nothing() -> None:
     measure = Measured(CURVES["slow"], 1)
-    found = equal_kl_scales(measure, np.zeros(0), 1.1)
-    assert len(found.scales) == 0 and measure.times.sum() == 0
+    scaling = equal_kl_scales(measure, np.zeros(0), 1.1)
+    assert len(scaling.scales) == 0 and measure.times.sum() == 0

@@ -93,28 +93,30 @@ def planned(
 ) -> dict[str, Condition]:
     cfg = InterventionConfig(name=name, **{"n_controls": 2, "latents": LATENTS, **settings})
     intervention = KINDS[name](cfg)
-    made, _ = intervention.plan(facts, list(coefficients), Prompts(), random_lm("llama"))
-    design = ControlDesign(intervention, made, coefficients, cfg)
+    conditions, _ = intervention.plan(facts, list(coefficients), Prompts(), random_lm("llama"))
+    design = ControlDesign(intervention, conditions, coefficients, cfg)
     return {c.name: c for c in [*design.own, *design.curve()]}
 
 
 def test_all_layers_together_come_first_then_each_by_itself() -> None:
-    found = planned("steer", layered())
-    tested = [(c.name, c.role, c.prompts, c.label) for c in found.values() if c.role != "control"]
+    conditions = planned("steer", layered())
+    tested = [
+        (c.name, c.role, c.prompts, c.label) for c in conditions.values() if c.role != "control"
+    ]
     assert tested == [
         ("known_layers_0-1", "group", "unknown", "0:3+1:5"),
         ("known_layer_0", "single", "unknown", "0:3"),
         ("known_layer_1", "single", "unknown", "1:5"),
         ("unknown_layer_0", "single", "known", "0:8"),
     ]
-    written = found["known_layers_0-1"].written
+    written = conditions["known_layers_0-1"].written
     assert [h.name for h in written] == ["layer_0.resid_post", "layer_1.resid_post"]
 
 
 def test_selected_latents_are_each_layer_s_own() -> None:
-    found = planned("ablate", layered(), latents="selected_per_layer", layers=[0, 1])
-    assert found["known_layers_0-1"].label == "0:3+0:5+1:3+1:5"
-    assert found["unknown_layers_0-1"].label == "0:8+1:8"
+    conditions = planned("ablate", layered(), latents="selected_per_layer", layers=[0, 1])
+    assert conditions["known_layers_0-1"].label == "0:3+0:5+1:3+1:5"
+    assert conditions["unknown_layers_0-1"].label == "0:8+1:8"
     mixed = planned("ablate", layered(), latents={"0": "selected", 1: [7]})
     assert mixed["known_layers_0-1"].label == "0:3+0:5+1:7"
 
@@ -123,10 +125,12 @@ def test_selected_latents_are_each_layer_s_own() -> None:
 def test_controls_are_matched_within_each_layer_and_edited_at_the_same_layers(name: str) -> None:
     facts = layered()
     latents = {0: [3, 9], 1: [5]}
-    found = planned(name, facts, latents=latents)
+    conditions = planned(name, facts, latents=latents)
     # Orthogonalised weights hold no latent in place; all other kinds have operations.
-    main = next(c for c in found.values() if c.layers == (0, 0, 1) and c.role == "group")
-    controls = [c for c in found.values() if c.of == main.name and c.control_kind == "frequency"]
+    main = next(c for c in conditions.values() if c.layers == (0, 0, 1) and c.role == "group")
+    controls = [
+        c for c in conditions.values() if c.of == main.name and c.control_kind == "frequency"
+    ]
     assert len(controls) == 2
     for control in controls:
         assert control.layers == main.layers
@@ -152,8 +156,8 @@ def test_as_many_control_sets_as_the_layer_with_fewest_has() -> None:
     facts.layers[1].table["frequency"] = np.where(some, 0.2, 0.0)
     cfg = InterventionConfig(name="ablate", n_controls=3, latents={0: [3], 1: [5]})
     intervention = Ablate(cfg)
-    made, _ = intervention.plan(facts, [1.0], Prompts(), random_lm("llama"))
-    controls = ControlDesign(intervention, made, [1.0], cfg).curve()
+    conditions, _ = intervention.plan(facts, [1.0], Prompts(), random_lm("llama"))
+    controls = ControlDesign(intervention, conditions, [1.0], cfg).curve()
     assert [c.label.split("+")[1] for c in controls if c.of == "known_layers_0-1"] == ["1:20"]
 
 
@@ -161,22 +165,24 @@ def test_a_layer_without_latents_is_left_out_with_a_note() -> None:
     facts = layered()
     facts.layers[1].table["selected"] = False
     cfg = InterventionConfig(name="ablate", latents="selected_per_layer", layers=[0, 1])
-    made, notes = Ablate(cfg).plan(facts, [1.0], Prompts(), random_lm("llama"))
-    assert {c.of for c in made} == {"known_layer_0", "unknown_layer_0"}
+    conditions, notes = Ablate(cfg).plan(facts, [1.0], Prompts(), random_lm("llama"))
+    assert {c.of for c in conditions} == {"known_layer_0", "unknown_layer_0"}
     assert "no latent for 'known' at layer 1" in notes
 
 
 def test_strength_is_the_sum_over_layers() -> None:
-    found = planned("steer", layered(), (0.5,), latents={0: [3], 1: [5]})
-    both = found["known_layers_0-1"].strengths[0]
+    conditions = planned("steer", layered(), (0.5,), latents={0: [3], 1: [5]})
+    both = conditions["known_layers_0-1"].strengths[0]
     assert both["resid_norm"] == pytest.approx(1.0)
     assert both["length"] == pytest.approx(0.5 * 7 + 0.5 * 8)
-    assert found["known_layer_1"].strengths[0]["resid_norm"] == pytest.approx(0.5)
+    assert conditions["known_layer_1"].strengths[0]["resid_norm"] == pytest.approx(0.5)
 
 
 def test_targets_go_to_their_own_layer() -> None:
-    found = planned("clamp", layered(), (1.0,), latents={0: [3, 9], 1: [3]}, values=[1, 2, 4.5])
-    first, second = found["known_layers_0-1"].edits[0]
+    conditions = planned(
+        "clamp", layered(), (1.0,), latents={0: [3, 9], 1: [3]}, values=[1, 2, 4.5]
+    )
+    first, second = conditions["known_layers_0-1"].edits[0]
     assert isinstance(first, Move) and isinstance(second, Move)
     assert dict(zip(first.read, first.targets, strict=True)) == {3: 1.0, 9: 2.0}
     assert (second.read, second.targets) == ((3,), (4.5,))
@@ -251,8 +257,8 @@ def test_two_layers_at_once_equal_plain_hooks(architecture: str, kind: str, name
     """The second layer's latents are read from the stream as the first layer's edit left it."""
     model, facts = random_lm(architecture), layered(kind)
     latents = {0: [3, 9], 1: [5, 7]}
-    found = planned(name, facts, (0.0, 0.7), latents=latents, unit="raw")
-    main = found["known_layers_0-1"]
+    conditions = planned(name, facts, (0.0, 0.7), latents=latents, unit="raw")
+    main = conditions["known_layers_0-1"]
     ids = [tuple(model.tokenizer(t)["input_ids"][:12]) for t in TEXTS[:3]]
     rows = [Row(i, main.edits[1], (len(i) - 4, len(i) - 2)) for i in ids]
     logits = last_logits(model, rows, facts.saes)[:, -1]
@@ -265,8 +271,8 @@ def test_two_layers_at_once_equal_plain_hooks(architecture: str, kind: str, name
             module = block if kind != "transcoder" else block.mlp
             hooks.append((module, changing(change, row.positions)))
         torch.testing.assert_close(seen, by_hand(model, row.ids, hooks), atol=5e-4, rtol=1e-4)
-        for kept, gaps in zip(hooks, without, strict=True):
-            gaps.append(float((seen - by_hand(model, row.ids, [kept])).abs().max()))
+        for hook, gaps in zip(hooks, without, strict=True):
+            gaps.append(float((seen - by_hand(model, row.ids, [hook])).abs().max()))
     assert min(max(gaps) for gaps in without) > 1e-3, "either layer's edit matters"
     plain = last_logits(model, [Row(i) for i in ids], facts.saes)
     nothing = [Row(i, main.edits[0], (len(i) - 4, len(i) - 2)) for i in ids]

@@ -147,13 +147,13 @@ def test_what_the_limit_cuts_off_is_neither_exact_nor_not() -> None:
 )
 def test_matching_tokens_are_the_leading_ones_that_spell_the_answer(text: str, answer: str) -> None:
     """Also where the prompt ends inside a word or in a space, as a model would go on."""
-    made = tokenizer()
+    fast_tokenizer = tokenizer()
     outcome = MatchingTokens()
-    outcome.prepare(made, 50)
+    outcome.prepare(fast_tokenizer, 50)
     example = Example(id="1", text=text, answers=(answer,))
-    other = made("Zürich", add_special_tokens=False)["input_ids"]
+    other = fast_tokenizer("Zürich", add_special_tokens=False)["input_ids"]
     for spelt in (answer, " " + answer.strip()):
-        tokens = made(spelt, add_special_tokens=False)["input_ids"]
+        tokens = fast_tokenizer(spelt, add_special_tokens=False)["input_ids"]
         n = len(tokens)
         assert n > 4
         assert outcome.score("", example, tokens) == n
@@ -162,7 +162,10 @@ def test_matching_tokens_are_the_leading_ones_that_spell_the_answer(text: str, a
         assert outcome.score("", example, [*tokens[:2], *other, *tokens[3:]]) == 2
     assert outcome.score("", example, []) == 0
     assert outcome.score("", example, other) == 0
-    assert outcome.score("", example, made(" Zürich", add_special_tokens=False)["input_ids"]) == 0
+    assert (
+        outcome.score("", example, fast_tokenizer(" Zürich", add_special_tokens=False)["input_ids"])
+        == 0
+    )
 
 
 def test_of_several_answers_the_one_that_matches_most_counts() -> None:
@@ -183,9 +186,9 @@ def test_repetition_is_the_share_of_trigrams_seen_before() -> None:
 
 
 def test_next_token_outcomes_are_those_of_the_logits() -> None:
-    made = tokenizer()
+    fast_tokenizer = tokenizer()
     logits = torch.randn(384, generator=torch.Generator().manual_seed(0))
-    first, second = LogitDifference().tokens(EXAMPLE, made)
+    first, second = LogitDifference().tokens(EXAMPLE, fast_tokenizer)
     assert LogitDifference().value(logits, first, second) == pytest.approx(
         float(logits[first[0]] - logits[second[0]])
     )
@@ -195,9 +198,9 @@ def test_next_token_outcomes_are_those_of_the_logits() -> None:
     assert AnswerProbability().value(logits, first, []) == pytest.approx(wanted)
     assert AnswerLogit().value(logits, first, []) == float(logits[first[0]])
     with pytest.raises(PositionNotFound, match="no foil"):
-        LogitDifference().tokens(Example(id="2", text="a", answers=("b",)), made)
+        LogitDifference().tokens(Example(id="2", text="a", answers=("b",)), fast_tokenizer)
     with pytest.raises(PositionNotFound, match="no answer"):
-        AnswerRank().tokens(Example(id="2", text="a"), made)
+        AnswerRank().tokens(Example(id="2", text="a"), fast_tokenizer)
 
 
 def test_yes_and_no_are_counted_over_their_spellings() -> None:
@@ -234,7 +237,7 @@ def test_the_loss_of_a_generation_is_transformers_own() -> None:
     whole = tuple(model.tokenizer(TEXTS[0])["input_ids"])
     n = 5
     row = Row(whole, about=(n,))
-    (found,) = read_logits(
+    (losses,) = read_logits(
         model,
         [row],
         None,
@@ -249,7 +252,7 @@ def test_the_loss_of_a_generation_is_transformers_own() -> None:
     labels[:, :-n] = -100
     with torch.inference_mode():
         wanted = model.hf(input_ids=torch.tensor([whole]), labels=labels).loss
-    assert float(found[0]) == pytest.approx(float(wanted), abs=1e-4)
+    assert float(losses[0]) == pytest.approx(float(wanted), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -73,11 +73,11 @@ ACTS = stream(ROWS)
     "splitter", [StratifiedGroupKFold(5, shuffle=True, random_state=0), GroupKFold(5)]
 )
 def test_the_penalty_is_scikit_learns_choice_over_entities(splitter: object) -> None:
-    found = facts(ROWS, ACTS).probe
+    fit = facts(ROWS, ACTS).probe
     wanted = searched(ROWS, ACTS, splitter)
-    assert found.c == wanted.best_params_["logisticregression__C"]
+    assert fit.c == wanted.best_params_["logisticregression__C"]
     over_rows = searched(ROWS, ACTS, ROW_FOLDS)
-    assert found.c < over_rows.best_params_["logisticregression__C"]
+    assert fit.c < over_rows.best_params_["logisticregression__C"]
 
 
 def test_the_direction_is_the_gradient_of_scikit_learns_score() -> None:

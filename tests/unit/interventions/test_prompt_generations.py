@@ -20,14 +20,14 @@ N_NEW = 6
 
 def variant(name: str) -> Any:
     """A tokenizer that adds BOS, appends EOS, and has a template with or without BOS."""
-    made = copy.deepcopy(tokenizer(chat="template" in name))
+    changed = copy.deepcopy(tokenizer(chat="template" in name))
     if "eos" in name:
-        made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        changed.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
         )
     if "without bos" in name:
-        made.chat_template = CHATML
-    return made
+        changed.chat_template = CHATML
+    return changed
 
 
 @pytest.mark.parametrize("sae_wants_bos", [None, True])
@@ -42,8 +42,8 @@ def test_texts_equal_those_of_generate(name: str, sae_wants_bos: bool | None) ->
     cfg = InterventionConfig(name="steer", where="last")
     placed = position_prompts(examples, model, cfg, 512).all()
     rows = [Row(p.tokens.ids, (), p.positions) for p in placed]
-    made = generate(model, rows, max_new_tokens=N_NEW, batch_tokens=4096)
-    for prompt, found, text in zip(placed, made, TEXTS, strict=False):
+    generated = generate(model, rows, max_new_tokens=N_NEW, batch_tokens=4096)
+    for prompt, tokens, text in zip(placed, generated, TEXTS, strict=False):
         if chat:
             ids = model.tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
@@ -60,5 +60,5 @@ def test_texts_equal_those_of_generate(name: str, sae_wants_bos: bool | None) ->
             )
         wanted = whole[0, len(ids) :].tolist()
         end = next((i for i, t in enumerate(wanted) if t in model.eos_ids), N_NEW)
-        assert list(found) == wanted[:end]
+        assert list(tokens) == wanted[:end]
         assert prompt.positions == (len(ids) - 1,)

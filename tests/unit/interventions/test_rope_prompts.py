@@ -35,12 +35,12 @@ def placed() -> list[PositionedPrompt]:
 
 @pytest.mark.parametrize("name", ROPE_MODELS)
 def test_values_to_patch_in_equal_single_rows(name):
-    found = _captured(placed(), [AT], rope_lm(name))[AT]
+    captured = _captured(placed(), [AT], rope_lm(name))[AT]
     for prompt in placed():
         with torch.inference_mode():
             out = rope_lm(name).hf(torch.tensor([prompt.tokens.ids]), output_hidden_states=True)
         wanted = out.hidden_states[AT.layer + 1][0, list(prompt.positions)]
-        torch.testing.assert_close(found[prompt.example.id].values, wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(captured[prompt.example.id].values, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ROPE_MODELS)

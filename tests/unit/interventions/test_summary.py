@@ -60,8 +60,8 @@ def effects(seed: int = 0, n: int = N) -> pd.DataFrame:
 def controls_of(table: pd.DataFrame) -> pd.DataFrame:
     """The table `controls`: all are matched but the first of each kind."""
     part = table[table["role"] == "control"]
-    found = part[["of", "condition", "control_kind", "coefficient"]].drop_duplicates()
-    return found.assign(matched=~found["condition"].str.endswith("_00"))
+    controls = part[["of", "condition", "control_kind", "coefficient"]].drop_duplicates()
+    return controls.assign(matched=~controls["condition"].str.endswith("_00"))
 
 
 def row(summary: pd.DataFrame, condition: str, c: float, split: str = "test") -> pd.Series:
@@ -71,48 +71,49 @@ def row(summary: pd.DataFrame, condition: str, c: float, split: str = "test") ->
 
 def test_means_intervals_and_changes_are_those_of_the_prompts() -> None:
     table = effects()
-    found = row(summarise(table, KINDS), "b_group", 2.0)
+    summary_row = row(summarise(table, KINDS), "b_group", 2.0)
     test = table[table["split"] == "test"]
     own = test[(test["condition"] == "b_group") & (test["coefficient"] == 2.0)]
     before = test[test["role"] == "baseline"]
-    assert found["refusal"] == own["refusal"].mean()
+    assert summary_row["refusal"] == own["refusal"].mean()
     wilson = stats.binomtest(int(own["refusal"].sum()), N).proportion_ci(method="wilson")
-    assert found["refusal_ci_low"] == pytest.approx(wilson.low, abs=1e-6)
-    assert found["refusal_ci_high"] == pytest.approx(wilson.high, abs=1e-6)
+    assert summary_row["refusal_ci_low"] == pytest.approx(wilson.low, abs=1e-6)
+    assert summary_row["refusal_ci_high"] == pytest.approx(wilson.high, abs=1e-6)
     pairs = pd.crosstab(own["refusal"].to_numpy(), before["refusal"].to_numpy())
     counts = [pairs.get(b, {}).get(a, 0) for a in (1.0, 0.0) for b in (1.0, 0.0)]
-    assert (found["refusal_change_ci_low"], found["refusal_change_ci_high"]) == pytest.approx(
-        paired_difference_interval(*counts)
-    )
+    assert (
+        summary_row["refusal_change_ci_low"],
+        summary_row["refusal_change_ci_high"],
+    ) == pytest.approx(paired_difference_interval(*counts))
     difference = own["logit"].to_numpy() - before["logit"].to_numpy()
-    assert found["logit_change"] == pytest.approx(difference.mean())
+    assert summary_row["logit_change"] == pytest.approx(difference.mean())
     apart = paired_difference(before["logit"].to_numpy(), own["logit"].to_numpy(), own["unit"])
-    assert found["logit_change_ci_low"] == pytest.approx(apart.ci_low, abs=0.01)
-    assert found["logit_change_ci_high"] == pytest.approx(apart.ci_high, abs=0.01)
-    assert found["logit_p"] == pytest.approx(apart.p_value, abs=3e-4)
+    assert summary_row["logit_change_ci_low"] == pytest.approx(apart.ci_low, abs=0.01)
+    assert summary_row["logit_change_ci_high"] == pytest.approx(apart.ci_high, abs=0.01)
+    assert summary_row["logit_p"] == pytest.approx(apart.p_value, abs=3e-4)
 
 
 def test_p_values_are_ranks_among_matched_controls_of_each_kind() -> None:
     table = effects()
     summary = summarise(table, KINDS, controls=controls_of(table), prediction_test=True)
-    found = row(summary, "b_group", 1.0)
+    summary_row = row(summary, "b_group", 1.0)
     at = summary[(summary["split"] == "test") & (summary["coefficient"] == 1.0)]
     at = at[(at["role"] == "control") & ~at["condition"].str.endswith("_00")]
     for outcome in KINDS:
-        own, prediction = found[f"{outcome}_change"], []
+        own, prediction = summary_row[f"{outcome}_change"], []
         for kind, k in CONTROLS.items():
             changes = at.loc[at["control_kind"] == kind, f"{outcome}_change"].to_numpy()
-            assert found[f"{outcome}_n_{kind}"] == len(changes) == k - 1
-            assert found[f"{outcome}_p_{kind}"] == rank_p_value(own, changes)
+            assert summary_row[f"{outcome}_n_{kind}"] == len(changes) == k - 1
+            assert summary_row[f"{outcome}_p_{kind}"] == rank_p_value(own, changes)
             prediction.append(prediction_p_value(own, changes))
         # Of random directions of equal KL there are too few, so their p-value is not used.
-        used = [found[f"{outcome}_p_{kind}"] for kind in ("frequency", "random_norm")]
-        assert found[f"{outcome}_p_controls"] == max(used)
-        assert found[f"{outcome}_p_controls_floor"] == 1 / 20
-        assert found[f"{outcome}_p_prediction"] == max(prediction[:2])
-        assert np.isnan(found[f"{outcome}_p_disruption"])
-        assert found[f"{outcome}_n_disruption"] == 0
-    assert found["logit_p_controls"] == 1 / 20
+        used = [summary_row[f"{outcome}_p_{kind}"] for kind in ("frequency", "random_norm")]
+        assert summary_row[f"{outcome}_p_controls"] == max(used)
+        assert summary_row[f"{outcome}_p_controls_floor"] == 1 / 20
+        assert summary_row[f"{outcome}_p_prediction"] == max(prediction[:2])
+        assert np.isnan(summary_row[f"{outcome}_p_disruption"])
+        assert summary_row[f"{outcome}_n_disruption"] == 0
+    assert summary_row["logit_p_controls"] == 1 / 20
     assert np.isnan(summary.loc[summary["role"] == "control", "logit_p_controls"]).all()
     assert "logit_p_prediction" not in summarise(table, KINDS, controls=controls_of(table))
 
@@ -121,9 +122,9 @@ def test_controls_that_are_not_matched_give_no_p_value() -> None:
     table = effects()
     nothing = controls_of(table).assign(matched=False)
     for controls in (None, nothing):
-        found = row(summarise(table, KINDS, controls=controls), "b_group", 1.0)
-        assert np.isnan(found["logit_p_controls"])
-        assert found["logit_n_frequency"] == 0
+        summary_row = row(summarise(table, KINDS, controls=controls), "b_group", 1.0)
+        assert np.isnan(summary_row["logit_p_controls"])
+        assert summary_row["logit_n_frequency"] == 0
         assert matched_by_kind(controls) == {}
 
 
@@ -142,11 +143,11 @@ def test_an_entitys_mean_rate_counts_as_a_fraction_of_a_success() -> None:
     table = effects()
     half = table.assign(refusal=1 - table["refusal"])
     summary = summarise(pd.concat([table, half], ignore_index=True), KINDS)
-    found = row(summary, "b_group", 2.0)
+    summary_row = row(summary, "b_group", 2.0)
     wilson = stats.binomtest(N // 2, N).proportion_ci(method="wilson")
-    assert found["refusal"] == 0.5
-    assert found["refusal_ci_low"] == pytest.approx(wilson.low, abs=1e-6)
-    assert found["refusal_change_ci_low"] < 0 < found["refusal_change_ci_high"]
+    assert summary_row["refusal"] == 0.5
+    assert summary_row["refusal_ci_low"] == pytest.approx(wilson.low, abs=1e-6)
+    assert summary_row["refusal_change_ci_low"] < 0 < summary_row["refusal_change_ci_high"]
 
 
 def test_no_interval_has_zero_width() -> None:
@@ -188,13 +189,13 @@ def test_outcomes_that_some_prompts_lack_count_those_that_have_one() -> None:
     lacking = table["example_id"].isin(["test1", "test2"])
     table.loc[lacking, "logit"] = np.nan
     summary = summarise(table, KINDS)
-    found = row(summary, "b_group", 1.0)
-    assert (found["logit_n"], found["logit_n_prompts"]) == (N - 2, N - 2)
-    assert found["refusal_n"] == N
+    summary_row = row(summary, "b_group", 1.0)
+    assert (summary_row["logit_n"], summary_row["logit_n_prompts"]) == (N - 2, N - 2)
+    assert summary_row["refusal_n"] == N
     table.loc[table["condition"] == "b_group", "logit"] = np.nan
-    found = row(summarise(table, KINDS, controls=controls_of(table)), "b_group", 1.0)
-    assert found["logit_n"] == 0
-    assert np.isnan(found[["logit", "logit_change", "logit_p_controls"]].astype(float)).all()
+    summary_row = row(summarise(table, KINDS, controls=controls_of(table)), "b_group", 1.0)
+    assert summary_row["logit_n"] == 0
+    assert np.isnan(summary_row[["logit", "logit_change", "logit_p_controls"]].astype(float)).all()
 
 
 def written(changes: dict[tuple[str, float], float]) -> pd.DataFrame:
@@ -232,8 +233,8 @@ def written(changes: dict[tuple[str, float], float]) -> pd.DataFrame:
 def test_the_coefficient_with_the_largest_gap_to_its_controls_is_chosen(
     changes: dict[tuple[str, float], float], wanted: float | None
 ) -> None:
-    found = chosen_coefficients(written(changes), "logit", "train")
-    assert found == ({} if wanted is None else {"a": wanted})
+    chosen = chosen_coefficients(written(changes), "logit", "train")
+    assert chosen == ({} if wanted is None else {"a": wanted})
     assert chosen_coefficients(written(changes), "logit", "test") == {}
 
 
@@ -276,11 +277,11 @@ def test_metrics_are_those_of_the_selected_coefficient(
     summary.loc[summary["condition"] == "b_group", "logit_p_controls_holm"] = 0.1
     test = summary[summary["split"] == "test"]
     metrics = effect_metrics(test, list(KINDS))
-    found = row(summary, "b_group", selected)
+    summary_row = row(summary, "b_group", selected)
     assert metrics["intervention/coefficient_b_group"] == selected
     assert metrics["effect/logit/baseline_a"] == row(summary, "baseline_a", 0.0)["logit"]
-    assert metrics["effect/logit/b_group"] == found["logit"]
-    assert metrics["effect/logit/b_group_p_controls"] == found["logit_p_controls"]
+    assert metrics["effect/logit/b_group"] == summary_row["logit"]
+    assert metrics["effect/logit/b_group_p_controls"] == summary_row["logit_p_controls"]
     assert metrics["effect/logit/b_group_p_controls_holm"] == 0.1
     assert "effect/refusal/b_group_p_controls_holm" not in metrics
     controls = test[(test["role"] == "control") & (test["coefficient"] == selected)]["logit"]
@@ -296,8 +297,8 @@ def test_the_curve_has_the_metrics_at_every_coefficient() -> None:
     curve = effect_curve(summary)
     assert [point["coefficient"] for point in curve] == [0.0, 1.0, 2.0]
     for point in curve:
-        found = row(summary, "b_group", point["coefficient"])
-        assert point["effect/logit/b_group"] == found["logit"]
+        summary_row = row(summary, "b_group", point["coefficient"])
+        assert point["effect/logit/b_group"] == summary_row["logit"]
     metrics = effect_metrics(summary[summary["split"] == "test"], list(KINDS))
     assert curve[1].items() - {("coefficient", 1.0)} <= metrics.items()
 

@@ -22,8 +22,8 @@ def test_the_cost_is_the_divergence_of_weights_edited_by_hand(architecture: str)
     assert min(wanted) > 1e-2
     for batch_tokens in (1000, 1):
         with orthogonalized(model, DIRECTIONS) as original:
-            found = weight_divergences(model, prompts, original, batch_tokens=batch_tokens)
-        np.testing.assert_allclose(found, wanted, rtol=1e-3)
+            costs = weight_divergences(model, prompts, original, batch_tokens=batch_tokens)
+        np.testing.assert_allclose(costs, wanted, rtol=1e-3)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2"])

@@ -22,18 +22,18 @@ N_ROWS = 103
 
 def store_of(folder: Path, acts: Tensor, hookpoint: Hookpoint, shard_rows: int) -> ActivationStore:
     rows = pd.DataFrame({"row": range(len(acts))})
-    made = ActivationStore.create_or_open(
+    activation_store = ActivationStore.create_or_open(
         folder, {"test": str(folder)}, rows, shard_rows=shard_rows
     )
-    for index, (first, end) in enumerate(made.shard_bounds):
-        made.write_shard(hookpoint, index, acts[first:end])
-    return made
+    for index, (first, end) in enumerate(activation_store.shard_bounds):
+        activation_store.write_shard(hookpoint, index, acts[first:end])
+    return activation_store
 
 
 def sae_with_dead_latents(**options: Any) -> SparseAutoencoder:
-    made = sae("jumprelu", **options)
-    made.threshold[[4, 17, 30]] = 1e6
-    return made
+    autoencoder = sae("jumprelu", **options)
+    autoencoder.threshold[[4, 17, 30]] = 1e6
+    return autoencoder
 
 
 @pytest.fixture(params=[1000, 40, 7], ids=["one shard", "shards of 40", "shards of 7"])
@@ -80,16 +80,16 @@ def test_equals_dense(
     options: dict[str, Any],
 ) -> None:
     monkeypatch.setattr(encoding, "CHUNK_BYTES", chunk_rows * 4 * D_SAE)
-    made, x = sae_with_dead_latents(**options), points(N_ROWS, D_IN)
+    autoencoder, x = sae_with_dead_latents(**options), points(N_ROWS, D_IN)
     rows = store.rows.assign(group="a")
-    latents, metrics = encode_store(store, made, rows)
-    dense = made.encode(x)
+    latents, metrics = encode_store(store, autoencoder, rows)
+    dense = autoencoder.encode(x)
     assert latents.rows is rows
     assert (len(latents), latents.d_sae, latents.csr.shape) == (N_ROWS, D_SAE, (N_ROWS, D_SAE))
     np.testing.assert_allclose(latents.csr.toarray(), dense.numpy(), rtol=1e-5, atol=1e-5)
     assert latents.csr.nnz == int((dense != 0).sum())
     assert latents.csr.dtype == np.float32
-    expected = formulas(x, made.decode(dense, x), dense)
+    expected = formulas(x, autoencoder.decode(dense, x), dense)
     assert expected["sparsity/dead_fraction"] >= 3 / D_SAE
     assert metrics == pytest.approx(expected, rel=1e-6)
 
@@ -104,11 +104,11 @@ def test_metrics_are_of_ordinary_rows(
     high = np.isin(np.arange(N_ROWS), [0, 1, 57])
     x[high] *= 300
     store = store_of(tmp_path, x, Hookpoint(3, "resid_post"), 40)
-    made = sae_with_dead_latents()
-    latents, metrics = encode_store(store, made, store.rows, ~high)
-    dense = made.encode(x)
+    autoencoder = sae_with_dead_latents()
+    latents, metrics = encode_store(store, autoencoder, store.rows, ~high)
+    dense = autoencoder.encode(x)
     np.testing.assert_allclose(latents.csr.toarray(), dense.numpy(), rtol=1e-5, atol=1e-5)
-    some, again = x[~high], made.decode(dense)
+    some, again = x[~high], autoencoder.decode(dense)
     expected = formulas(some, again[~high], dense[~high])
     distances = ((x - x.mean(0)) ** 2).sum(1).double().numpy()
     lost = ((x - again) ** 2).sum(1).double().numpy()
@@ -138,20 +138,20 @@ def test_no_dense_matrix_of_all_rows(
     store: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory is bounded by CHUNK_BYTES, whatever the number of rows."""
-    made, seen = sae_with_dead_latents(), []
+    autoencoder, seen = sae_with_dead_latents(), []
 
     def watched(x: Tensor) -> Tensor:
         seen.append(len(x))
-        return SparseAutoencoder.encode(made, x)
+        return SparseAutoencoder.encode(autoencoder, x)
 
-    monkeypatch.setattr(made, "encode", watched)
+    monkeypatch.setattr(autoencoder, "encode", watched)
     monkeypatch.setattr(encoding, "CHUNK_BYTES", 9 * 4 * D_SAE + 3)
-    encode_store(store, made, store.rows)
+    encode_store(store, autoencoder, store.rows)
     assert max(seen) == min(9, int(store.manifest["shard_rows"]))
     assert sum(seen) == N_ROWS
     monkeypatch.setattr(encoding, "CHUNK_BYTES", 1)
     seen.clear()
-    encode_store(store, made, store.rows)
+    encode_store(store, autoencoder, store.rows)
     assert seen == [1] * N_ROWS
 
 
@@ -159,26 +159,26 @@ def test_reads_the_sae_own_hookpoint(tmp_path: Path) -> None:
     """An SAE on a block's input reads the block below's output."""
     x = points(20, D_IN)
     below = store_of(tmp_path, x, Hookpoint(2, "resid_post"), 20)
-    made = sae("jumprelu", hookpoint=Hookpoint(3, "resid_pre"))
-    csr = encode_store(below, made, below.rows)[0].csr
-    np.testing.assert_allclose(csr.toarray(), made.encode(x).numpy(), rtol=1e-5, atol=1e-5)
+    autoencoder = sae("jumprelu", hookpoint=Hookpoint(3, "resid_pre"))
+    csr = encode_store(below, autoencoder, below.rows)[0].csr
+    np.testing.assert_allclose(csr.toarray(), autoencoder.encode(x).numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_half_precision_stores(tmp_path: Path) -> None:
     x = points(20, D_IN).bfloat16()
     half = store_of(tmp_path, x, Hookpoint(3, "resid_post"), 20)
-    made = sae_with_dead_latents()
-    latents, metrics = encode_store(half, made, half.rows)
-    dense = made.encode(x.float())
+    autoencoder = sae_with_dead_latents()
+    latents, metrics = encode_store(half, autoencoder, half.rows)
+    dense = autoencoder.encode(x.float())
     np.testing.assert_allclose(latents.csr.toarray(), dense.numpy(), rtol=1e-5, atol=1e-5)
-    assert metrics == pytest.approx(formulas(x, made.decode(dense), dense), rel=1e-6)
+    assert metrics == pytest.approx(formulas(x, autoencoder.decode(dense), dense), rel=1e-6)
 
 
 def test_nothing_fires(tmp_path: Path) -> None:
-    made = sae("jumprelu")
-    made.threshold[:] = 1e6
+    autoencoder = sae("jumprelu")
+    autoencoder.threshold[:] = 1e6
     silent = store_of(tmp_path, points(20, D_IN), Hookpoint(3, "resid_post"), 8)
-    latents, metrics = encode_store(silent, made, silent.rows)
+    latents, metrics = encode_store(silent, autoencoder, silent.rows)
     assert (latents.csr.nnz, latents.csr.shape) == (0, (20, D_SAE))
     assert metrics["sparsity/l0"] == metrics["sparsity/max_active"] == 0
     assert metrics["sparsity/mean_active"] is None
@@ -190,10 +190,10 @@ def test_points_that_do_not_vary() -> None:
     x = torch.ones(5, D_IN)
     metrics = StreamMetrics(x.mean(0).double(), D_SAE)
     metrics.update(x, x + 1, torch.ones(5, D_SAE))
-    found = metrics.result()
-    assert found["reconstruction/explained_variance"] is None
-    assert found["reconstruction/explained_variance_legacy"] is None
-    assert found["reconstruction/mse"] == pytest.approx(D_IN)
+    result = metrics.result()
+    assert result["reconstruction/explained_variance"] is None
+    assert result["reconstruction/explained_variance_legacy"] is None
+    assert result["reconstruction/mse"] == pytest.approx(D_IN)
 
 
 def test_sums_are_of_double_precision() -> None:
@@ -203,8 +203,8 @@ def test_sums_are_of_double_precision() -> None:
     metrics = StreamMetrics(torch.zeros(D_IN), 3)
     for _ in range(200):
         metrics.update(x, x + 1e-3, torch.tensor([[1e8, 0, 0], [1, 0, 0]]))
-    found = metrics.result()
-    assert found["sparsity/mean_active"] == pytest.approx((1e8 + 1) / 2, rel=1e-12)
+    result = metrics.result()
+    assert result["sparsity/mean_active"] == pytest.approx((1e8 + 1) / 2, rel=1e-12)
     x64 = x.double()
     error = ((x64 - (x + 1e-3).double()) ** 2).sum(1).mean()
-    assert found["reconstruction/mse"] == pytest.approx(float(error), rel=1e-12)
+    assert result["reconstruction/mse"] == pytest.approx(float(error), rel=1e-12)

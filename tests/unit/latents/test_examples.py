@@ -36,9 +36,9 @@ CHOSEN = np.array([3, 0, 39, 17])
 @pytest.fixture(params=["jumprelu", "topk"])
 def auto(request: pytest.FixtureRequest) -> SparseAutoencoder:
     """Latent 17 never fires."""
-    made = sae(request.param)
-    made.b_enc[17] = -1e6
-    return made
+    autoencoder = sae(request.param)
+    autoencoder.b_enc[17] = -1e6
+    return autoencoder
 
 
 @pytest.fixture(params=[1000, 50], ids=["one shard", "shards of 50"])
@@ -56,8 +56,8 @@ GROUP_OF = np.arange(N_ROWS) % 3
 
 
 def tallied(store: ActivationStore, auto: SparseAutoencoder, **options: object) -> Tally:
-    made = Tally(CHOSEN, d_sae=auto.d_sae, n_groups=3, n_top=7, **options)  # pyright: ignore
-    return tally_store(store, auto, TEXT_OF.__getitem__, GROUP_OF.__getitem__, made)
+    tally = Tally(CHOSEN, d_sae=auto.d_sae, n_groups=3, n_top=7, **options)  # pyright: ignore
+    return tally_store(store, auto, TEXT_OF.__getitem__, GROUP_OF.__getitem__, tally)
 
 
 @pytest.mark.parametrize(("chunk_rows", "correlate"), [(5, True), (13, False), (10_000, True)])
@@ -78,17 +78,17 @@ def test_numbers_and_histograms_equal_dense_ones(
         assert tally.active[i].tolist() == [(values[g == GROUP_OF] > 0).sum() for g in range(3)]
         assert tally.total[i] == pytest.approx(values.sum(), rel=1e-5)
         assert tally.maximum[i] == pytest.approx(values.max(), rel=1e-5)
-        found = tally.histogram(i)
+        histogram = tally.histogram(i)
         if latent == 17:
-            assert found.counts.shape == (3, 0)
+            assert histogram.counts.shape == (3, 0)
             continue
-        n_bins = found.counts.shape[1]
+        n_bins = histogram.counts.shape[1]
         assert N_BINS / 2 < n_bins <= N_BINS
-        assert np.log2(found.width) % 1 == 0
-        edges = np.arange(n_bins + 1) * found.width
+        assert np.log2(histogram.width) % 1 == 0
+        edges = np.arange(n_bins + 1) * histogram.width
         for g in range(3):
             group_values = values[(g == GROUP_OF) & (values > 0)]
-            assert found.counts[g].tolist() == np.histogram(group_values, edges)[0].tolist()
+            assert histogram.counts[g].tolist() == np.histogram(group_values, edges)[0].tolist()
 
 
 @pytest.mark.parametrize("chunk_rows", [7, 10_000])
@@ -199,9 +199,9 @@ def test_counts_and_chosen_values_equal_dense_ones(
 ) -> None:
     assert count_active_rows(store, auto).tolist() == (dense != 0).sum(0).tolist()
     wanted = {3: np.array([0, 210, 49, 50]), 0: np.array([7]), 39: np.zeros(0, dtype=np.int64)}
-    found = values_at(store, auto, wanted)
+    values = values_at(store, auto, wanted)
     for latent, rows in wanted.items():
-        np.testing.assert_allclose(found[latent], dense[rows, latent], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(values[latent], dense[rows, latent], rtol=1e-5, atol=1e-6)
 
 
 def test_latents_at_some_rows_are_those_of_all_rows(
@@ -211,15 +211,15 @@ def test_latents_at_some_rows_are_those_of_all_rows(
     rows = pd.DataFrame({"row": np.arange(N_ROWS)})
     every, _ = encoding.encode_store(store, auto, rows)
     for chosen in (np.array([0, 9, 10, 11, 150, N_ROWS - 1]), np.zeros(0, dtype=np.int64)):
-        found = latents_at(store, auto, rows, chosen)
-        assert found.rows["row"].tolist() == chosen.tolist()
-        np.testing.assert_allclose(found.csr.toarray(), every.csr[chosen].toarray(), rtol=1e-6)
+        latents = latents_at(store, auto, rows, chosen)
+        assert latents.rows["row"].tolist() == chosen.tolist()
+        np.testing.assert_allclose(latents.csr.toarray(), every.csr[chosen].toarray(), rtol=1e-6)
 
 
 def test_examples_at_quantiles_are_the_nearest_in_rank_and_new() -> None:
     sample = pd.DataFrame({"value": np.arange(101.0), "row": np.arange(101), "text": range(101)})
-    found = at_quantiles(sample, [0.9, 0.5], 2, {90})
-    assert [(q, part["row"].tolist()) for q, part in found] == [(0.9, [91, 89]), (0.5, [50, 49])]
+    sampled = at_quantiles(sample, [0.9, 0.5], 2, {90})
+    assert [(q, part["row"].tolist()) for q, part in sampled] == [(0.9, [91, 89]), (0.5, [50, 49])]
     (again,) = at_quantiles(sample.assign(text=1), [0.5], 3, set())
     assert len(again[1]) == 1
     (none,) = at_quantiles(sample.head(0), [0.5], 3, set())
@@ -235,11 +235,11 @@ def test_equal_values_come_in_the_order_of_rows() -> None:
 def test_pieces_put_together_are_the_text(trim_offsets: bool) -> None:
     words = tokenizer(trim_offsets)
     for text in tokenize(TEXTS, words, 60):
-        found = token_pieces(text, words)
-        assert found[0] == "<bos>"
-        assert TEXTS[[t == text.text for t in TEXTS].index(True)].startswith("".join(found[1:]))
+        pieces = token_pieces(text, words)
+        assert pieces[0] == "<bos>"
+        assert TEXTS[[t == text.text for t in TEXTS].index(True)].startswith("".join(pieces[1:]))
         if not text.truncated:
-            assert "".join(found[1:]) == text.text
+            assert "".join(pieces[1:]) == text.text
 
 
 def rows_of(texts: list[TokenizedText], every: int) -> PositionTable:
@@ -265,9 +265,9 @@ def test_a_window_holds_the_tokens_around_a_row_and_the_rows_they_have(every: in
         assert window.rows[window.peak] == row
         assert first + window.peak == token
         assert window.cut == (first > 0, after < len(text))
-        for place, at in enumerate(window.rows):
-            looked = first + place > 0 and (first + place - 1) % every == 0
+        for offset, at in enumerate(window.rows):
+            looked = first + offset > 0 and (first + offset - 1) % every == 0
             assert (at is not None) == looked
             if at is not None:
-                assert rows.iloc[at]["token_index"] == first + place
+                assert rows.iloc[at]["token_index"] == first + offset
                 assert rows.iloc[at]["example_id"] == about["example_id"]

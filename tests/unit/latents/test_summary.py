@@ -18,19 +18,19 @@ DENSE = arrays.arrays(np.float32, st.tuples(st.integers(1, 12), st.integers(1, 6
 def test_moments(dense: np.ndarray, data: st.DataObject) -> None:
     chosen = np.array(data.draw(st.lists(st.booleans(), min_size=len(dense), max_size=len(dense))))
     part = dense[chosen].astype(np.float64)
-    found = moments(sparse.csr_array(dense), chosen)
-    assert found.n == len(part)
-    np.testing.assert_array_equal(found.active, (part > 1e-6).sum(0))
-    np.testing.assert_allclose(found.total, part.sum(0))
-    np.testing.assert_array_equal(found.maximum, part.max(0, initial=0))
+    summary = moments(sparse.csr_array(dense), chosen)
+    assert summary.n == len(part)
+    np.testing.assert_array_equal(summary.active, (part > 1e-6).sum(0))
+    np.testing.assert_allclose(summary.total, part.sum(0))
+    np.testing.assert_array_equal(summary.maximum, part.max(0, initial=0))
     if len(part):
-        np.testing.assert_allclose(found.mean, part.mean(0))
-        np.testing.assert_allclose(found.frequency, (part > 1e-6).mean(0))
+        np.testing.assert_allclose(summary.mean, part.mean(0))
+        np.testing.assert_allclose(summary.frequency, (part > 1e-6).mean(0))
 
 
 def test_moments_of_no_rows() -> None:
-    found = moments(sparse.csr_array(np.ones((3, 2))), np.zeros(3, dtype=bool))
-    for values in (found.active, found.mean, found.frequency, found.maximum):
+    summary = moments(sparse.csr_array(np.ones((3, 2))), np.zeros(3, dtype=bool))
+    for values in (summary.active, summary.mean, summary.frequency, summary.maximum):
         np.testing.assert_array_equal(values, [0, 0])
 
 
@@ -60,8 +60,8 @@ def test_active_quantile(q: float) -> None:
     dense = rng.gamma(2, 1, (40, 9)) * (rng.random((40, 9)) < 0.3)
     dense[:, 4] = 0
     latents = np.array([8, 0, 4, 0])
-    found = active_quantile(sparse.csr_array(dense), latents, q)
-    for value, latent in zip(found, latents, strict=True):
+    quantiles = active_quantile(sparse.csr_array(dense), latents, q)
+    for value, latent in zip(quantiles, latents, strict=True):
         on = dense[:, latent][dense[:, latent] > 0]
         assert value == pytest.approx(np.quantile(on, q) if len(on) else 0.0)
 

@@ -63,20 +63,20 @@ def test_it_equals_output_attentions(architecture, side):
     keys, queries = every(KEYS, mask, side), every(QUERIES, mask, side)
     weights = reference(architecture, mask)
     last = every([(n - 1,) for n in LENGTHS], mask, side)
-    for chosen, given in ((last, None), (queries, queries)):
-        found = attention_to(model, IDS, mask, keys, given)
-        assert found.shape == (3, N_LAYERS, 4)
+    for chosen, query_mask in ((last, None), (queries, queries)):
+        attention = attention_to(model, IDS, mask, keys, query_mask)
+        assert attention.shape == (3, N_LAYERS, 4)
         for row in range(3):
             expected = weights[row][:, :, chosen[row]][..., keys[row]].sum(-1).mean(-1)
-            torch.testing.assert_close(found[row], expected, **CLOSE)
-    assert found.std() > 1e-3
+            torch.testing.assert_close(attention[row], expected, **CLOSE)
+    assert attention.std() > 1e-3
 
 
 @EVERY
 def test_attention_to_all_tokens_is_one(architecture):
     mask = mask_of("left")
-    found = attention_to(random_lm(architecture), IDS, mask, mask.bool())
-    torch.testing.assert_close(found, torch.ones_like(found))
+    attention = attention_to(random_lm(architecture), IDS, mask, mask.bool())
+    torch.testing.assert_close(attention, torch.ones_like(attention))
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3"])
@@ -85,12 +85,12 @@ def test_keys_outside_a_sliding_window_get_nothing(architecture):
     mask = torch.ones_like(IDS)
     keys = torch.zeros_like(mask, dtype=torch.bool)
     keys[:, 0] = True
-    found = attention_to(random_lm(architecture), IDS, mask, keys)
+    attention = attention_to(random_lm(architecture), IDS, mask, keys)
     kinds = getattr(random_lm(architecture).text_config, "layer_types", None)
     kinds = kinds or ["sliding_attention"] * N_LAYERS
     assert "sliding_attention" in kinds
     for layer, kind in enumerate(kinds):
-        assert bool((found[:, layer] == 0).all()) == (kind == "sliding_attention")
+        assert bool((attention[:, layer] == 0).all()) == (kind == "sliding_attention")
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "llama", "gemma2", "qwen2"])
@@ -102,13 +102,13 @@ def test_edits_are_active(architecture):
         Hookpoint(0, "resid_post"): lambda x: torch.where(at[..., None], x + vector, x),
         Hookpoint(1, "attn_out"): lambda x: x * 3,
     }
-    found = attention_to(model, IDS, mask, at, edits=edits)
+    attention = attention_to(model, IDS, mask, at, edits=edits)
     weights = reference(architecture, mask, edits)[:, :, :, -1]
     expected = (weights * at[:, None, None]).sum(-1)
-    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(attention, expected, **CLOSE)
     plain = attention_to(model, IDS, mask, at)
-    assert torch.equal(found[:, 0], plain[:, 0]), "layer 0 stands before the first edit"
-    assert not torch.allclose(found[:, 1:], plain[:, 1:], atol=1e-3)
+    assert torch.equal(attention[:, 0], plain[:, 0]), "layer 0 stands before the first edit"
+    assert not torch.allclose(attention[:, 1:], plain[:, 1:], atol=1e-3)
 
 
 @EVERY
@@ -150,9 +150,9 @@ def test_the_form_of_attention_is_set_back(kind):
 def test_bfloat16():
     model = LanguageModel.wrap(random_hf("llama").to(torch.bfloat16))
     mask = mask_of("left")
-    found = attention_to(model, IDS, mask, mask.bool())
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, torch.ones_like(found), atol=0.02, rtol=0)
+    attention = attention_to(model, IDS, mask, mask.bool())
+    assert attention.dtype == torch.float32
+    torch.testing.assert_close(attention, torch.ones_like(attention), atol=0.02, rtol=0)
 
 
 class TestErrors:

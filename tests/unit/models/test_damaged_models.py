@@ -42,11 +42,11 @@ def line_of(make: Callable[[], Any]) -> str:
 
 
 def change(file: Path, **changes: Any) -> None:
-    found = json.loads(file.read_text())
-    found |= {key: value for key, value in changes.items() if value is not ...}
+    config = json.loads(file.read_text())
+    config |= {key: value for key, value in changes.items() if value is not ...}
     for key in (key for key, value in changes.items() if value is ...):
-        del found[key]
-    file.write_text(json.dumps(found))
+        del config[key]
+    file.write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -158,8 +158,8 @@ def test_hostile_and_damaged_pickles_are_not_opened(folder: Path, tmp_path: Path
         file.write_bytes(content)
         line = line_of(lambda: load(folder).hf)
         assert line.startswith(f"model.name={folder}: its weights cannot be loaded ({reason}")
-    for found in ([1, 2], {"model.embed_tokens.weight": 3}):
-        torch.save(found, file)
+    for bad_content in ([1, 2], {"model.embed_tokens.weight": 3}):
+        torch.save(bad_content, file)
         assert "its weights cannot be loaded (" in line_of(lambda: load(folder).hf)
     assert not proof.exists()
 

@@ -82,9 +82,9 @@ def test_the_cpus_own_list_of_instructions_agrees():
             words = set(file.read().split())
     except OSError:
         pytest.skip("no /proc/cpuinfo")
-    found = native_dtypes(CPU)
-    assert (BF16 in found) == bool(words & {"avx512_bf16", "amx_bf16"})
-    if F16 in found:
+    dtypes = native_dtypes(CPU)
+    assert (BF16 in dtypes) == bool(words & {"avx512_bf16", "amx_bf16"})
+    if F16 in dtypes:
         assert words & {"avx512_fp16", "amx_fp16"}
 
 

@@ -99,7 +99,7 @@ def case(request: pytest.FixtureRequest) -> tuple[LanguageModel, set[str]]:
 
 def read(model: LanguageModel, layer: int) -> dict[str, Tensor]:
     """Streams of a block that the model has, each from a pass of its own."""
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     for stream in STREAMS:
         at = Hookpoint(layer, stream)
         try:
@@ -107,8 +107,8 @@ def read(model: LanguageModel, layer: int) -> dict[str, Tensor]:
         except ModelError as error:
             assert "\n" not in str(error)
             continue
-        found[stream] = run_truncated(model, IDS, MASK, [at])[at]
-    return found
+        values[stream] = run_truncated(model, IDS, MASK, [at])[at]
+    return values
 
 
 def test_a_stream_is_there_or_refused(case: tuple[LanguageModel, set[str]]) -> None:

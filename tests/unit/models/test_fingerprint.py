@@ -52,10 +52,10 @@ def test_a_copy_has_the_same_and_reads_no_weights(folder, tmp_path):
 
 @pytest.mark.parametrize("which", ["folder", "sharded"])
 def test_one_changed_number_changes_it(which, request):
-    place = request.getfixturevalue(which)
-    before = fingerprint(place)
-    change_one_number(sorted(place.glob("*.safetensors"))[-1])
-    assert fingerprint(place) != before
+    model_folder = request.getfixturevalue(which)
+    before = fingerprint(model_folder)
+    change_one_number(sorted(model_folder.glob("*.safetensors"))[-1])
+    assert fingerprint(model_folder) != before
 
 
 def test_a_changed_config_changes_it(folder):
@@ -96,8 +96,8 @@ def to_hub_cache(folder: Path, hub: Path, *, skip: tuple[str, ...] = ()) -> Path
     repository = hub / "models--org--name"
     commit = "a" * 40
     snapshot = repository / "snapshots" / commit
-    for place in (repository / "blobs", repository / "refs", snapshot):
-        place.mkdir(parents=True)
+    for subfolder in (repository / "blobs", repository / "refs", snapshot):
+        subfolder.mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
     for file in folder.iterdir():
         blob = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -109,18 +109,18 @@ def to_hub_cache(folder: Path, hub: Path, *, skip: tuple[str, ...] = ()) -> Path
 
 @pytest.fixture()
 def hub(tmp_path, monkeypatch):
-    place = tmp_path / "home" / "hub"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(place))
+    hub_cache = tmp_path / "home" / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub_cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    return place
+    return hub_cache
 
 
 @pytest.mark.parametrize("which", ["folder", "sharded"])
 def test_a_hub_cache_has_that_of_the_files_in_it(which, request, hub):
-    place = request.getfixturevalue(which)
-    to_hub_cache(place, hub)
+    model_folder = request.getfixturevalue(which)
+    to_hub_cache(model_folder, hub)
     model = LanguageModel(ModelConfig(name="org/name", device="cpu"))
-    assert model.fingerprint == fingerprint(place)
+    assert model.fingerprint == fingerprint(model_folder)
     assert not model.loaded
     ids = torch.tensor([[1, 5, 9]])
     assert torch.equal(model.hf(ids).logits, random_hf("llama")(ids).logits)
@@ -166,15 +166,15 @@ def test_the_tokenizer_has_one_of_its_own(folder):
 @pytest.mark.parametrize("trusted", [True, False])
 def test_a_repository_s_own_code_counts_where_it_may_run(folder, trusted):
     about = json.loads((folder / "config.json").read_text())
-    named = {"AutoConfig": "config_mine.Mine", "AutoModelForCausalLM": "other--model_mine.Mine"}
-    (folder / "config.json").write_text(json.dumps({**about, "auto_map": named}))
+    auto_map = {"AutoConfig": "config_mine.Mine", "AutoModelForCausalLM": "other--model_mine.Mine"}
+    (folder / "config.json").write_text(json.dumps({**about, "auto_map": auto_map}))
 
     def own() -> str:
         model = LanguageModel.__new__(LanguageModel)
         model.cfg = ModelConfig(name=str(folder), device="cpu", trust_remote_code=trusted)
         model.name = model.source = str(folder)
         model.in_memory = False
-        model.config = transformers.LlamaConfig(auto_map=named)
+        model.config = transformers.LlamaConfig(auto_map=auto_map)
         return model.fingerprint
 
     before = own()

@@ -138,22 +138,22 @@ def test_a_conversion_that_stops_leaves_nothing_that_is_read(tmp_path: Path) -> 
 
 
 def test_the_file_is_found_in_a_folder(tmp_path: Path) -> None:
-    def found(**options: str) -> Path | None:
+    def gguf_file(**options: str) -> Path | None:
         return find_source(ModelConfig(name=str(tmp_path), **options)).gguf_file
 
-    assert found() is None
+    assert gguf_file() is None
     (tmp_path / "a.gguf").touch()
-    assert found() == tmp_path / "a.gguf"
+    assert gguf_file() == tmp_path / "a.gguf"
     (tmp_path / "b.gguf").touch()
     with pytest.raises(
         ModelError, match=re.escape("2 GGUF files; type one of them: model.gguf_file=a")
     ):
-        found()
-    assert found(gguf_file="b.gguf") == tmp_path / "b.gguf"
+        gguf_file()
+    assert gguf_file(gguf_file="b.gguf") == tmp_path / "b.gguf"
     with pytest.raises(ModelError, match=re.escape("which has a.gguf, b.gguf")):
-        found(gguf_file="c.gguf")
+        gguf_file(gguf_file="c.gguf")
     (tmp_path / "model.safetensors").touch()
-    assert found() is None
+    assert gguf_file() is None
     with pytest.raises(ModelError, match="leave out model.gguf_file"):
         find_source(ModelConfig(name=str(tmp_path / "a.gguf"), gguf_file="b.gguf"))
 

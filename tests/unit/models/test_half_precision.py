@@ -71,12 +71,12 @@ def test_the_streams_are_near_those_in_float32(architecture):
 def test_logits_are_read_in_float32_without_a_further_rounding(architecture):
     half, full = pair(architecture)
     reader = LogitReader(whole, "all", lambda row: len(row.ids))
-    (mine,) = read_logits(half, [Row(IDS)], None, reader, batch_tokens=1000)
+    (logits,) = read_logits(half, [Row(IDS)], None, reader, batch_tokens=1000)
     (exact,) = read_logits(full, [Row(IDS)], None, reader, batch_tokens=1000)
     raw = last_logits(half, [Row(IDS)], None, len(IDS))[0]
     assert raw.dtype == torch.bfloat16
-    assert np.array_equal(mine, raw.double().numpy())
-    assert np.abs(mine - exact).max() < 0.05 * np.abs(exact).max()
+    assert np.array_equal(logits, raw.double().numpy())
+    assert np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
 
 
 @SEVERAL
@@ -127,14 +127,14 @@ def test_latents_are_those_of_the_stream_in_float32(architecture):
     half, _ = pair(architecture)
     with torch.no_grad(), capture(half, [AT]) as streams:
         half.hf(torch.tensor([IDS]))
-    x, made = streams[AT][0], sae()
+    x, autoencoder = streams[AT][0], sae()
     assert x.dtype == torch.bfloat16
     every, rows = np.arange(len(x)), pd.DataFrame({"row": range(len(x))})
-    low, high = (encode_rows(acts, every, made, rows) for acts in (x, x.float()))
+    low, high = (encode_rows(acts, every, autoencoder, rows) for acts in (x, x.float()))
     assert (low[0].csr != high[0].csr).nnz == 0
     assert low[1] == high[1]
-    change = splice_edits(made)[AT]
-    reconstruction = made.decode(made.encode(x.float()), x.float())
+    change = splice_edits(autoencoder)[AT]
+    reconstruction = autoencoder.decode(autoencoder.encode(x.float()), x.float())
     assert torch.equal(change(x[None])[0], reconstruction.bfloat16())
 
 
@@ -175,12 +175,12 @@ def test_evaluations_add_up_in_float32(architecture):
 def test_attribution_multiplies_in_float32(architecture):
     half, full = pair(architecture)
     prompts, positions = [IDS, IDS[:9]], [[len(IDS) - 1], [8]]
-    made, answers, foils = sae(at=LAST), [7, 30], [11, 200]
-    low = attribute(half, made, prompts, positions, answers, foils)
-    exact = attribute(full, made, prompts, positions, answers, foils)
+    autoencoder, answers, foils = sae(at=LAST), [7, 30], [11, 200]
+    low = attribute(half, autoencoder, prompts, positions, answers, foils)
+    exact = attribute(full, autoencoder, prompts, positions, answers, foils)
     for name in ("direct", "gradient"):
-        mine, reference = (getattr(one, name).toarray() for one in (low, exact))
-        distance = np.linalg.norm(mine - reference) / np.linalg.norm(reference)
+        values, reference = (getattr(one, name).toarray() for one in (low, exact))
+        distance = np.linalg.norm(values - reference) / np.linalg.norm(reference)
         assert 0 < distance < 0.1, (name, distance)
     logits = torch.stack([last_logits(half, [Row(p)])[0, -1] for p in prompts]).double()
     rows = torch.arange(2)
@@ -196,20 +196,20 @@ def test_attention_adds_up_to_one(architecture):
     keys = mask.bool()
     assert float((attention_to(half, ids, mask, keys) - 1).abs().max()) < 0.01
     keys[0, : len(IDS) // 2] = False
-    found, exact = (attention_to(model, ids, mask, keys) for model in (half, full))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, exact, atol=0.03, rtol=0)
+    attention, exact = (attention_to(model, ids, mask, keys) for model in (half, full))
+    assert attention.dtype == torch.float32
+    torch.testing.assert_close(attention, exact, atol=0.03, rtol=0)
 
 
 @SEVERAL
 def test_greedy_tokens_are_those_of_transformers(architecture):
     half, _ = pair(architecture)
-    (mine,) = generate(half, [Row(IDS)], max_new_tokens=8, batch_tokens=1000)
+    (tokens,) = generate(half, [Row(IDS)], max_new_tokens=8, batch_tokens=1000)
     with torch.inference_mode():
         theirs = half.hf.generate(
             torch.tensor([IDS]), max_new_tokens=8, do_sample=False, pad_token_id=half.pad_id
         )
-    assert mine == [t for t in theirs[0, len(IDS) :].tolist() if t not in half.eos_ids]
+    assert tokens == [t for t in theirs[0, len(IDS) :].tolist() if t not in half.eos_ids]
 
 
 def test_samples_are_drawn_from_probabilities_in_float32():

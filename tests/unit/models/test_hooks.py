@@ -235,8 +235,8 @@ def test_stop_skips_the_rest_of_the_body_and_keeps_what_was_seen():
 def test_an_edit_writes_nothing_into_the_models_own_tensors():
     model, points = random_lm("gpt2"), [Hookpoint(0, "resid_post"), Hookpoint(1, "resid_pre")]
     plain = run_truncated(model, IDS, MASK, points[:1])[points[0]]
-    kept = plain.clone()
+    original = plain.clone()
     with edit(model, {points[0]: lambda x: x + 1}):
         after = run_truncated(model, IDS, MASK, points[1:])[points[1]]
-    assert torch.equal(plain, kept)
-    assert torch.equal(after, kept + 1)
+    assert torch.equal(plain, original)
+    assert torch.equal(after, original + 1)

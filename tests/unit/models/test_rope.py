@@ -22,8 +22,8 @@ LENGTHS = [1, CONTEXT - 1, CONTEXT, CONTEXT + 1, CONTEXT + 2, CONTEXT + 9]
 def rotated(hf, length: int) -> torch.Tensor:
     """cos and sin of the first tokens of a sequence of this length."""
     x = torch.zeros(1, length, 1)
-    made = hf.model.rotary_emb(x, torch.arange(length)[None])
-    return torch.stack(made)[..., :1, :].clone(), hf.model.rotary_emb.inv_freq.clone()
+    rotation = hf.model.rotary_emb(x, torch.arange(length)[None])
+    return torch.stack(rotation)[..., :1, :].clone(), hf.model.rotary_emb.inv_freq.clone()
 
 
 @pytest.mark.parametrize("name", ROPE_MODELS)
@@ -50,8 +50,8 @@ def test_what_a_sequence_is_given_does_not_depend_on_those_before(name):
     ids = torch.arange(3, 3 + 2 * CONTEXT)[None]
     for n in (2 * CONTEXT, CONTEXT, CONTEXT + 3, 3, CONTEXT + 1, CONTEXT):
         with torch.inference_mode():
-            found = model.hf(ids[:, :n]).logits
-            assert torch.equal(found, rope_hf(name)(ids[:, :n]).logits)
+            logits = model.hf(ids[:, :n]).logits
+            assert torch.equal(logits, rope_hf(name)(ids[:, :n]).logits)
 
 
 def test_a_generation_changes_where_a_token_beyond_the_context_is_read():
@@ -66,8 +66,8 @@ def test_a_generation_changes_where_a_token_beyond_the_context_is_read():
 
 
 def test_only_phi_3_recomputes_its_keys():
-    found = {name: recomputes_beyond(hf := rope_hf(name), hf.config) for name in ROPE_MODELS}
-    assert found == dict.fromkeys(ROPE_MODELS) | {"phi3_longrope": CONTEXT}
+    limits = {name: recomputes_beyond(hf := rope_hf(name), hf.config) for name in ROPE_MODELS}
+    assert limits == dict.fromkeys(ROPE_MODELS) | {"phi3_longrope": CONTEXT}
 
 
 def test_layers_of_two_kinds_have_a_regime_each():

@@ -46,9 +46,9 @@ def test_norms_whose_weights_were_never_trained_and_half_precision(architecture,
     tokens = torch.arange(20)
     full = x @ expected.readout(tokens).T / expected.scale(x)[:, None]
     half = Unembedding(LanguageModel.wrap(hf.to(torch.bfloat16)))
-    found = x @ half.readout(tokens).T / half.scale(x)[:, None]
-    torch.testing.assert_close(found, full, atol=0.05, rtol=0.05)
-    assert found.std() > 0.2
+    logits = x @ half.readout(tokens).T / half.scale(x)[:, None]
+    torch.testing.assert_close(logits, full, atol=0.05, rtol=0.05)
+    assert logits.std() > 0.2
 
 
 @EVERY
@@ -59,9 +59,9 @@ def test_top_tokens(architecture, numbers, monkeypatch):
     end = Unembedding(random_lm(architecture))
     directions = torch.randn(6, D_MODEL, generator=torch.Generator().manual_seed(1))
     everything = directions @ end.readout(torch.arange(VOCABULARY)).T
-    found = end.top_tokens(directions, 9)
+    tokens = end.top_tokens(directions, 9)
     torch.testing.assert_close(
-        everything.gather(1, found), everything.topk(9, dim=1).values, atol=1e-6, rtol=1e-5
+        everything.gather(1, tokens), everything.topk(9, dim=1).values, atol=1e-6, rtol=1e-5
     )
     assert end.top_tokens(directions, 10**6).shape == (6, VOCABULARY)
 
@@ -86,10 +86,10 @@ def test_padding_on_the_right_changes_no_logit(architecture):
     ids, mask = padded(prompts, model.pad_id, model.device, padding_side="right")
     assert mask.tolist() == [[1] * 7, [1] * 3 + [0] * 4]
     with only_at(model, torch.tensor([6, 2])):
-        found = model.hf(ids, attention_mask=mask, position_ids=position_ids(mask)).logits
+        logits = model.hf(ids, attention_mask=mask, position_ids=position_ids(mask)).logits
     for row, prompt in enumerate(prompts):
         alone = model.hf(torch.tensor([prompt])).logits[0, -1]
-        torch.testing.assert_close(found[row, 0], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits[row, 0], alone, atol=1e-5, rtol=1e-5)
 
 
 class TestErrors:

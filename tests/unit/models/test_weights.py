@@ -132,11 +132,11 @@ def test_the_unembedding_never_changes(architecture, tied):
     hf = model.hf
     table, head = hf.get_input_embeddings(), hf.get_output_embeddings()
     assert (table.weight is head.weight) == tied
-    kept = head.weight
+    weight = head.weight
     with orthogonalized(model, ONE, embedding=True):
-        assert head.weight is kept
+        assert head.weight is weight
         assert component(table.weight, ONE) < 1e-6
-        assert component(kept, ONE) > 1e-2
+        assert component(weight, ONE) > 1e-2
     assert (table.weight is head.weight) == tied
 
 

@@ -65,9 +65,9 @@ def test_an_override_is_a_column_with_the_value_that_hydra_reads(
 ) -> None:
     (read,) = OverridesParser.create().parse_overrides([override])
     cell(tmp_path, 0, override)
-    found = cells_table(tmp_path)[read.key_or_group].tolist()
-    assert found == [read.value()]
-    assert isinstance(found[0], type(read.value()))
+    values = cells_table(tmp_path)[read.key_or_group].tolist()
+    assert values == [read.value()]
+    assert isinstance(values[0], type(read.value()))
 
 
 def test_numbers_stay_numbers_in_parquet(tmp_path: Path) -> None:
@@ -87,14 +87,14 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize(("typed", "kept"), MIXED)
+@pytest.mark.parametrize(("typed", "expected"), MIXED)
 def test_values_of_several_kinds_are_text_in_parquet(
-    tmp_path: Path, typed: tuple[str, str], kept: list[Any]
+    tmp_path: Path, typed: tuple[str, str], expected: list[Any]
 ) -> None:
     for number, value in enumerate(typed):
         cell(tmp_path, number, f"key={value}")
     table = back_from_parquet(cells_table(tmp_path), tmp_path)
-    assert [None if pd.isna(v) else v for v in table["key"]] == kept
+    assert [None if pd.isna(v) else v for v in table["key"]] == expected
 
 
 def test_numbers_and_truth_values_together_go_to_parquet(tmp_path: Path) -> None:
@@ -134,8 +134,8 @@ def test_cells_are_in_the_order_of_their_numbers_and_other_folders_are_none(
 
 
 def test_groups_are_those_of_the_metrics_in_their_order(tmp_path: Path) -> None:
-    found = {**contrast("known", 3, train=0.9, test=0.8), **contrast("not_known", None)}
-    cell(tmp_path, 0, metrics=found)
+    metrics = {**contrast("known", 3, train=0.9, test=0.8), **contrast("not_known", None)}
+    cell(tmp_path, 0, metrics=metrics)
     assert groups_of(cells_table(tmp_path)) == ["known", "not_known"]
 
 

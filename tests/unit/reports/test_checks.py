@@ -77,9 +77,9 @@ def test_power_is_part_of_the_finding_where_nothing_was_found(tmp_path: Path) ->
     nothing = saved(tmp_path, POWER, {"contrast/best_p_value_known_test": 0.4})
     assert nothing_found(nothing)
     assert POWER_SENTENCE in contrast_sentences(nothing)
-    found = saved(tmp_path, POWER, {"contrast/best_p_value_known_test": 0.01})
-    assert not nothing_found(found)
-    assert POWER_SENTENCE not in contrast_sentences(found)
+    saved_run = saved(tmp_path, POWER, {"contrast/best_p_value_known_test": 0.01})
+    assert not nothing_found(saved_run)
+    assert POWER_SENTENCE not in contrast_sentences(saved_run)
 
 
 def test_power_is_always_part_of_the_report(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from saexp.errors import StoreError
 from saexp.reports.latents import read_dashboard, write_dashboard
 from tests.unit.reports.cards import card, written
-from tests.unit.reports.left import body_of
+from tests.unit.reports.run_outputs import body_of
 from tests.unit.reports.written import NASTY, run
 
 
@@ -21,9 +21,9 @@ def test_the_page_holds_the_file_and_loads_nothing(tmp_path: Path) -> None:
     linked = {"neuronpedia": "https://neuronpedia.org/a/b/7"}
     page = written(tmp_path, [card(7, **linked)])
     text = page.read_text("utf-8")
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text)
-    assert found is not None
-    assert json.loads(found[1]) == read_dashboard(tmp_path)
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', text)
+    assert match is not None
+    assert json.loads(match[1]) == read_dashboard(tmp_path)
     body = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
     assert not [w for w in ("http://", "https://", "src=", "<link", "@import") if w in body]
     assert "plotly" not in text

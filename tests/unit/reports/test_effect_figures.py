@@ -86,8 +86,8 @@ def test_controls_on_prompts_of_another_group_are_not_mixed_in(tmp_path: Path) -
     other["condition"] = other["condition"].replace("baseline_unknown", "baseline_known")
     pd.concat([rows, other]).to_parquet(folder / "effects_summary.parquet")
     saved = SavedRun(folder)
-    found = [kinds_of_control(saved, row, "refusal")[0] for row in at_chosen(saved)]
-    assert [(k.span, len(k.values)) for k in found] == [
+    kinds = [kinds_of_control(saved, row, "refusal")[0] for row in at_chosen(saved)]
+    assert [(k.span, len(k.values)) for k in kinds] == [
         ("0.70 to 0.75", N_CONTROLS),
         ("0.65 to 0.70", N_CONTROLS),
     ]
@@ -134,8 +134,8 @@ def test_the_number_of_observations_is_of_entities(tmp_path: Path, unit: str) ->
     if unit == "prompts":
         pd.DataFrame({"entity": [None]}).to_parquet(tmp_path / "rows.parquet")
     row = {"group": "known", "refusal_n": 20, "refusal_n_prompts": 100}
-    found = observed_on(SavedRun(tmp_path), row, "refusal")
-    assert found == (
+    observed = observed_on(SavedRun(tmp_path), row, "refusal")
+    assert observed == (
         "20 known entities (100 prompts)" if unit == "entities" else "20 known prompts"
     )
     alike = observed_on(SavedRun(tmp_path), row | {"refusal_n_prompts": 20}, "refusal")

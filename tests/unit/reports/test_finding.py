@@ -47,7 +47,7 @@ CONTROLS = (
     " Controls: 49 random directions of equal norm (0.70 to 0.75); the smallest p-value possible "
     "is 0.02."
 )
-FOUND = f"{STEERED}{TESTED}.{CONTROLS}"
+CLAIM = f"{STEERED}{TESTED}.{CONTROLS}"
 
 
 def change(folder: Path, **settings: object) -> SavedRun:
@@ -70,7 +70,7 @@ def test_the_headline_is_a_sentence_per_direction_and_the_setting(tmp_path: Path
         "(rank p = 0.02)."
     )
     assert headline(run(tmp_path)).splitlines() == [known, UNKNOWN_FINDING, SETTING]
-    assert findings(tmp_path) == [known, UNKNOWN_FINDING, SETTING, KNOWN, UNKNOWN, FOUND]
+    assert findings(tmp_path) == [known, UNKNOWN_FINDING, SETTING, KNOWN, UNKNOWN, CLAIM]
 
 
 def test_without_a_causal_test_no_effects_are_reported(tmp_path: Path) -> None:
@@ -145,8 +145,8 @@ def test_without_controls_that_is_stated(tmp_path: Path) -> None:
 
 def test_an_effect_within_its_controls_is_not_called_one(tmp_path: Path) -> None:
     p = {"refusal_p_random_norm": 0.41, "refusal_p_controls": 0.41, "refusal_p_controls_holm": 0.41}
-    found = edited(tmp_path, **p)
-    assert found == (
+    sentence = edited(tmp_path, **p)
+    assert sentence == (
         f"{STEERED}; not distinguishable from its controls (rank p = 0.41). Controls: 49 random "
         "directions of equal norm (0.70 to 0.75)."
     )
@@ -170,13 +170,13 @@ def test_the_p_value_after_holm_decides(tmp_path: Path) -> None:
 
 def test_an_effect_beyond_most_controls_says_how_many(tmp_path: Path) -> None:
     more = {"refusal_p_random_norm": 0.04, "refusal_p_controls": 0.04, "refusal": 0.7}
-    found = edited(tmp_path, **more, refusal_change=-0.1)
-    assert "; more extreme than 48 of its 49 controls (rank p = 0.04)." in found
+    sentence = edited(tmp_path, **more, refusal_change=-0.1)
+    assert "; more extreme than 48 of its 49 controls (rank p = 0.04)." in sentence
 
 
 def test_a_change_smaller_than_that_of_controls_is_reported_as_such(tmp_path: Path) -> None:
-    found = edited(tmp_path, refusal=0.79, refusal_change=-0.01)
-    assert "; above all its controls, which change it more (rank p = 0.02)." in found
+    sentence = edited(tmp_path, refusal=0.79, refusal_change=-0.01)
+    assert "; above all its controls, which change it more (rank p = 0.02)." in sentence
 
 
 def test_kinds_that_are_not_achieved_are_reported_with_their_distances(tmp_path: Path) -> None:
@@ -187,9 +187,9 @@ def test_kinds_that_are_not_achieved_are_reported_with_their_distances(tmp_path:
     further = further.assign(control_kind="frequency", coefficient=0.6, frequency_ratio=4.1)
     further = further.assign(norm_ratio=1.0, kl_ratio=0.5, matched=further.index < 3)
     pd.concat([controls(), further]).to_parquet(tmp_path / "controls.parquet")
-    found = contrast_sentences(SavedRun(tmp_path))[-1]
-    assert found == (
-        f"{FOUND[:-1]}; sets of frequency-matched latents are not used, as only 3 of 40 are within "
+    sentence = contrast_sentences(SavedRun(tmp_path))[-1]
+    assert sentence == (
+        f"{CLAIM[:-1]}; sets of frequency-matched latents are not used, as only 3 of 40 are within "
         "a factor of 2 in activation frequency (median ratio 4.1; 19 are needed)."
     )
     few = controls().assign(matched=controls()["condition"].isin(["control_0", "control_2"]))
@@ -202,8 +202,8 @@ def test_kinds_that_are_not_achieved_are_reported_with_their_distances(tmp_path:
 
 def test_few_entities_have_no_interval_and_no_test(tmp_path: Path) -> None:
     nothing = dict.fromkeys(["refusal_ci_low", "refusal_ci_high"], float("nan"))
-    found = edited(tmp_path, refusal_n=4, refusal_n_prompts=9, **nothing)
-    assert found == (
+    sentence = edited(tmp_path, refusal_n=4, refusal_n_prompts=9, **nothing)
+    assert sentence == (
         f"{STEERED.partition(' on 20')[0]} on 4 unknown entities (9 prompts) 0.80 -> 0.30; too few "
         "entities for an interval or a test against controls."
     )
@@ -221,7 +221,7 @@ def test_what_it_costs_is_stated_beside_the_controls_cost(tmp_path: Path) -> Non
         " KL divergence on neutral text with the edit at every token: 0.25 nats per token "
         "(controls of equal norm: 0.10 to 0.20)."
     )
-    assert contrast_sentences(SavedRun(tmp_path))[-1] == f"{FOUND}{cost}"
+    assert contrast_sentences(SavedRun(tmp_path))[-1] == f"{CLAIM}{cost}"
 
 
 def test_an_effect_that_could_not_be_measured_is_reported_as_none(tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_reported_numbers_are_of_the_test_split(tmp_path: Path) -> None:
     run(tmp_path)
     train = summary().assign(split="train", refusal=0.0)
     pd.concat([train, summary()]).to_parquet(tmp_path / "effects_summary.parquet")
-    assert contrast_sentences(SavedRun(tmp_path))[-1] == FOUND
+    assert contrast_sentences(SavedRun(tmp_path))[-1] == CLAIM
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from saexp.reports import figure_json, number
 from saexp.reports.analysis import report_figures, write_report
-from tests.unit.reports.left import body_of
+from tests.unit.reports.run_outputs import body_of
 from tests.unit.reports.written import NASTY, run
 
 READ = [
@@ -89,8 +89,8 @@ def test_the_tables_hold_the_runs_numbers(page: Path) -> None:
     assert ">0.300<" in effects[1]
     assert "<td>0.70 to 0.75</td>" in effects[1]
     # The kinds of control at the chosen coefficient: how many, matched, and their ratios.
-    found = [re.sub("<[^>]+>", "", c) for c in re.findall(r"<td.*?</td>", effects[3])]
-    assert found == [
+    cells = [re.sub("<[^>]+>", "", c) for c in re.findall(r"<td.*?</td>", effects[3])]
+    assert cells == [
         *("known_group", "unknown", "0.600", "random directions of equal norm", "49", "49"),
         *("–", "1 (1 to 1)", "0.5 (0.5 to 0.5)", "0.70 to 0.75", "0.020", "yes"),
     ]

@@ -9,7 +9,7 @@ import pytest
 from saexp.reports.saved_run import cells_table
 from saexp.reports.sweep import write_sweep
 from saexp.reports.sweep_figures import importance, importance_figure
-from tests.unit.reports.left import page_of
+from tests.unit.reports.run_outputs import page_of
 from tests.unit.reports.written import cell, contrast, effect
 
 AUROC = "contrast/best_auroc_known_test"

@@ -15,7 +15,7 @@ from saexp.reports.sweep_figures import sweep_figures
 from tests.unit.reports.written import cell, contrast, effect
 
 
-def found(test: float) -> dict[str, Any]:
+def contrast_metrics(test: float) -> dict[str, Any]:
     """Metrics of a cell whose numbers follow from one: `known` has it, `unknown` 0.1 less."""
     metrics = contrast("known", round(test * 100), train=test - 0.2, test=test)
     return metrics | contrast("unknown", 1, train=test - 0.3, test=test - 0.1)
@@ -45,7 +45,7 @@ def grid(
         for width in widths:
             number = len(list(folder.iterdir())) if folder.is_dir() else 0
             test = 0.6 + layer / 10 + number / 100
-            more = {"metrics": found(test), "effects": effects(test, coefficients)}
+            more = {"metrics": contrast_metrics(test), "effects": effects(test, coefficients)}
             cell(folder, number, f"layer={layer}", f"width={width}", **more)
     return cells_table(folder)
 
@@ -69,7 +69,7 @@ def test_a_figure_is_there_where_it_has_two_points(
 
 
 def test_cells_that_did_not_finish_or_compare_no_groups_draw_nothing(tmp_path: Path) -> None:
-    cell(tmp_path, 0, "layer=1", metrics=found(0.8))
+    cell(tmp_path, 0, "layer=1", metrics=contrast_metrics(0.8))
     cell(tmp_path, 1, "layer=2", error="ModelError: no\n")
     cell(tmp_path, 2, "layer=3")
     assert figures_of(tmp_path) == {}
@@ -103,7 +103,7 @@ def test_points_and_bars_over_layers_are_the_tables(
 
 def test_a_cell_that_selects_no_latent_has_no_point_on_its_line(tmp_path: Path) -> None:
     for layer in (0, 1, 2):
-        metrics = found(0.8) | (contrast("known", None) if layer == 1 else {})
+        metrics = contrast_metrics(0.8) | (contrast("known", None) if layer == 1 else {})
         cell(tmp_path, layer, f"layer={layer}", metrics=metrics)
     drawn = traces(figures_of(tmp_path)["over_layers"])
     assert list(drawn["known"].x) == [0, 2]
@@ -112,7 +112,9 @@ def test_a_cell_that_selects_no_latent_has_no_point_on_its_line(tmp_path: Path) 
 
 def test_cells_without_intervals_are_drawn_without_bars(tmp_path: Path) -> None:
     for layer in (0, 1):
-        metrics = {k: None if "_ci_" in k else v for k, v in found(0.8 + layer / 10).items()}
+        metrics = {
+            k: None if "_ci_" in k else v for k, v in contrast_metrics(0.8 + layer / 10).items()
+        }
         cell(tmp_path, layer, f"layer={layer}", metrics=metrics)
     drawn = traces(figures_of(tmp_path)["over_layers"])
     assert np.allclose(drawn["known"].y, [0.8, 0.9])
@@ -121,7 +123,7 @@ def test_cells_without_intervals_are_drawn_without_bars(tmp_path: Path) -> None:
 def test_models_are_lines_of_their_own(tmp_path: Path) -> None:
     for number, (model, layer) in enumerate([("a", 0), ("a", 1), ("b", 0), ("b", 1)]):
         words = f"model={model}", f"layer={layer}"
-        cell(tmp_path, number, *words, metrics=found(0.6 + number / 10))
+        cell(tmp_path, number, *words, metrics=contrast_metrics(0.6 + number / 10))
     drawn = traces(figures_of(tmp_path)["over_layers"])
     assert np.allclose(drawn["known, model a"].y, [0.6, 0.7])
     assert np.allclose(drawn["known, model b"].y, [0.8, 0.9])
@@ -133,7 +135,7 @@ def test_a_line_has_one_colour_in_every_panel(tmp_path: Path) -> None:
         rows = effect("known", 0, 0.1) + effect("known", 1, 0.5 + layer / 10)
         if layer:
             rows += effect("unknown", 0, 0.1) + effect("unknown", 1, 0.2 + layer / 10)
-        cell(tmp_path, layer, f"layer={layer}", metrics=found(0.8), effects=rows)
+        cell(tmp_path, layer, f"layer={layer}", metrics=contrast_metrics(0.8), effects=rows)
     figure = figures_of(tmp_path)["over_coefficient"]
     known, unknown = (
         {name: trace.line.color for name, trace in traces(figure, axis).items()}
@@ -147,7 +149,7 @@ def test_a_line_has_one_colour_in_every_panel(tmp_path: Path) -> None:
 def test_no_cell_is_left_out_of_the_curves(tmp_path: Path, key: str) -> None:
     for number in range(4):
         words = f"{key}={number % 2}", f"layer={number // 2}"
-        cell(tmp_path, number, *words, metrics=found(0.6 + number / 10))
+        cell(tmp_path, number, *words, metrics=contrast_metrics(0.6 + number / 10))
     drawn = figures_of(tmp_path)["over_layers"].data
     known = [y for t in drawn if t.name.startswith("known") and t.xaxis == "x" for y in t.y]
     assert np.allclose(sorted(known), [0.6, 0.7, 0.8, 0.9])
@@ -174,7 +176,7 @@ def test_the_map_holds_each_cells_number_at_its_layer_and_width(tmp_path: Path) 
 def test_the_map_holds_no_mean_over_models(tmp_path: Path) -> None:
     for number in range(8):
         words = [f"model={number % 2}", f"layer={number // 4}", f"width={64 + number // 2 % 2}"]
-        cell(tmp_path, number, *words, metrics=found(0.5 + number / 20))
+        cell(tmp_path, number, *words, metrics=contrast_metrics(0.5 + number / 20))
     figures = figures_of(tmp_path)
     panels = figures["heat_map"].data if "heat_map" in figures else ()
     known = [z for panel in panels for z in np.ravel(panel.z)]
@@ -207,17 +209,25 @@ def test_effects_are_those_of_the_cells_summaries(tmp_path: Path) -> None:
 
 
 def test_only_matched_controls_are_in_the_range(tmp_path: Path) -> None:
-    place = cell(tmp_path, 0, metrics={}, effects=effect("unknown", 1, 0.25, low=0.1, high=0.2))
+    cell_folder = cell(
+        tmp_path, 0, metrics={}, effects=effect("unknown", 1, 0.25, low=0.1, high=0.2)
+    )
     names = [f"unknown_group_control_{n}" for n in (0, 1)]
     controls = pd.DataFrame({"condition": names, "matched": [False, True]})
-    controls.to_parquet(place / "controls.parquet")
+    controls.to_parquet(cell_folder / "controls.parquet")
     assert effects_of(tmp_path)[["controls_min", "controls_max"]].to_numpy().tolist() == [[0.2] * 2]
 
 
 def test_a_row_is_reported_once_where_cells_share_a_coefficient(tmp_path: Path) -> None:
     for number in (1, 2):
         rows = effects(0.8, [0, number])
-        cell(tmp_path, number, f"coefficient=[0,{number}]", metrics=found(0.8), effects=rows)
+        cell(
+            tmp_path,
+            number,
+            f"coefficient=[0,{number}]",
+            metrics=contrast_metrics(0.8),
+            effects=rows,
+        )
     assert effects_of(tmp_path)["coefficient"].tolist() == [0, 1, 2]
 
 
@@ -240,7 +250,7 @@ def test_the_effect_of_a_single_selected_latent_is_reported_too(tmp_path: Path) 
 def test_outcomes_and_the_band_of_controls_are_the_tables(tmp_path: Path) -> None:
     for number, layer in enumerate((1, 2)):
         test = 0.8 - number / 10
-        more = {"metrics": found(test), "effects": effects(test, [0.5, -1, 0])}
+        more = {"metrics": contrast_metrics(test), "effects": effects(test, [0.5, -1, 0])}
         cell(tmp_path, number, f"layer={layer}", **more)
     figure = figures_of(tmp_path)["over_coefficient"]
     line, band = (traces(figure)[n] for n in ("layer 2", "layer 2: matched controls"))
@@ -267,7 +277,7 @@ def test_dose_curves_begin_at_the_value_without_intervention(tmp_path: Path) -> 
             number,
             f"layer={layer}",
             f"coefficient={coefficient}",
-            metrics=found(0.8),
+            metrics=contrast_metrics(0.8),
             effects=rows,
         )
     curves = traces(figures_of(tmp_path)["over_coefficient"])
@@ -280,7 +290,7 @@ def test_a_setting_of_the_intervention_separates_dose_curves(tmp_path: Path) -> 
     for number, (where, coefficient) in enumerate((w, c) for w in ("last", "all") for c in (0, 1)):
         words = (f"intervention.where={where}", f"coefficient={coefficient}")
         rows = effect("unknown", coefficient, number / 4)
-        cell(tmp_path, number, *words, metrics=found(0.8), effects=rows)
+        cell(tmp_path, number, *words, metrics=contrast_metrics(0.8), effects=rows)
     figure = figures_of(tmp_path)["over_coefficient"]
     lines = {line.name: tuple(line.y) for line in figure.data}
     assert lines == {"intervention.where all": (0.5, 0.75), "intervention.where last": (0, 0.25)}
@@ -288,7 +298,7 @@ def test_a_setting_of_the_intervention_separates_dose_curves(tmp_path: Path) -> 
 
 def test_the_surface_baseline_is_drawn_beside_the_auroc_once(tmp_path: Path) -> None:
     for number, (layer, width) in enumerate(((2, "1k"), (1, "1k"), (2, "512"), (1, "512"))):
-        metrics = found(0.8) | {SURFACE: 0.4 + layer / 10}
+        metrics = contrast_metrics(0.8) | {SURFACE: 0.4 + layer / 10}
         metrics |= {f"{SURFACE}_ci_low": 0.3, f"{SURFACE}_ci_high": 0.7}
         cell(tmp_path, number, f"layer={layer}", f"width={width}", metrics=metrics)
     figures = figures_of(tmp_path)

@@ -13,7 +13,7 @@ from saexp.reports.findings import SURFACE
 from saexp.reports.saved_run import cells_table
 from saexp.reports.sweep import findings, write_sweep
 from saexp.reports.sweep_figures import flow_figures
-from tests.unit.reports.left import assert_links_lead_to_reports, page_of
+from tests.unit.reports.run_outputs import assert_links_lead_to_reports, page_of
 from tests.unit.reports.written import NASTY, cell, contrast, effect, write_json
 
 
@@ -324,10 +324,10 @@ def test_the_table_of_matches_holds_neighbours_the_most_alike_first(matches: pd.
 
 
 def test_a_dashboard_cell_is_linked_to_its_own_page(tmp_path: Path) -> None:
-    place = cell(tmp_path, 0, "layer=0", metrics={})
-    (place / "report.html").rename(place / "dashboard.html")
+    cell_folder = cell(tmp_path, 0, "layer=0", metrics={})
+    (cell_folder / "report.html").rename(cell_folder / "dashboard.html")
     write_sweep(tmp_path)
-    assert f'<a href="{place.name}/dashboard.html">' in unquote(page_of(tmp_path))
+    assert f'<a href="{cell_folder.name}/dashboard.html">' in unquote(page_of(tmp_path))
 
 
 def test_cells_without_a_point_say_why(tmp_path: Path) -> None:

@@ -38,21 +38,21 @@ def cell(
 
     `effects` are rows of its effects_summary.parquet.
     """
-    place = sweep / f"{number}_{','.join(overrides)}"[:100].replace("/", "_")
-    (place / ".hydra").mkdir(parents=True)
+    cell_folder = sweep / f"{number}_{','.join(overrides)}"[:100].replace("/", "_")
+    (cell_folder / ".hydra").mkdir(parents=True)
     text = yaml.safe_dump(list(overrides))
-    (place / ".hydra/overrides.yaml").write_text(text, encoding="utf-8")
+    (cell_folder / ".hydra/overrides.yaml").write_text(text, encoding="utf-8")
     about: dict[str, Any] = {"config": {**CONFIG, **config}}
     if metrics is not None:
-        write_json(place / "metrics.json", metrics)
+        write_json(cell_folder / "metrics.json", metrics)
         about = {"status": "finished", **about}
-        (place / "report.html").touch()
+        (cell_folder / "report.html").touch()
     if effects:
-        pd.DataFrame(effects).to_parquet(place / "effects_summary.parquet", index=False)
-    write_json(place / "provenance.json", about)
+        pd.DataFrame(effects).to_parquet(cell_folder / "effects_summary.parquet", index=False)
+    write_json(cell_folder / "provenance.json", about)
     if error is not None:
-        (place / "error.txt").write_text(error, encoding="utf-8")
-    return place
+        (cell_folder / "error.txt").write_text(error, encoding="utf-8")
+    return cell_folder
 
 
 def contrast(
@@ -64,15 +64,15 @@ def contrast(
     p_value: float = 1e-5,
 ) -> dict[str, Any]:
     """A direction's metrics; intervals are 0.03 below to 0.01 above, separation is half."""
-    key, found = "contrast/best", {f"contrast/best_latent_{group}": latent}
-    found[f"{key}_p_value_{group}_test"] = None if test is None else p_value
+    key, metrics = "contrast/best", {f"contrast/best_latent_{group}": latent}
+    metrics[f"{key}_p_value_{group}_test"] = None if test is None else p_value
     for name, share in (("auroc", 1.0), ("separation", 0.5)):
         for suffix, value in (("", train), ("_test", test)):
             here = None if value is None else value * share
-            found[f"{key}_{name}_{group}{suffix}"] = here
-            found[f"{key}_{name}_{group}_ci_low{suffix}"] = None if here is None else here - 0.03
-            found[f"{key}_{name}_{group}_ci_high{suffix}"] = None if here is None else here + 0.01
-    return found
+            metrics[f"{key}_{name}_{group}{suffix}"] = here
+            metrics[f"{key}_{name}_{group}_ci_low{suffix}"] = None if here is None else here - 0.03
+            metrics[f"{key}_{name}_{group}_ci_high{suffix}"] = None if here is None else here + 0.01
+    return metrics
 
 
 def effect(
@@ -185,9 +185,9 @@ def controls() -> pd.DataFrame:
     """The controls of `summary`: random directions, all matched."""
     table = summary()
     table = table[table["role"] == "control"]
-    found = table[["of", "condition", "control_kind", "coefficient"]].copy()
-    found["frequency_ratio"], found["norm_ratio"], found["kl_ratio"] = np.nan, 1.0, 0.5
-    return found.assign(kl=0.1, kl_own=0.2, matched=True)
+    frame = table[["of", "condition", "control_kind", "coefficient"]].copy()
+    frame["frequency_ratio"], frame["norm_ratio"], frame["kl_ratio"] = np.nan, 1.0, 0.5
+    return frame.assign(kl=0.1, kl_own=0.2, matched=True)
 
 
 def effects(texts: dict[str, str]) -> pd.DataFrame:

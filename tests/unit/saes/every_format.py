@@ -53,9 +53,9 @@ def _old(folder: Path) -> Path:
 
 
 def _gemma(folder: Path) -> Path:
-    place = folder / "gemma-scope-2b-pt-res" / "layer_3" / "width_16k" / "average_l0_9"
-    write_npz(place / "params.npz", parameters("jumprelu"))
-    return place
+    sae_folder = folder / "gemma-scope-2b-pt-res" / "layer_3" / "width_16k" / "average_l0_9"
+    write_npz(sae_folder / "params.npz", parameters("jumprelu"))
+    return sae_folder
 
 
 def _gemma2(folder: Path) -> Path:
@@ -110,9 +110,9 @@ def void(_: Any) -> None:
     """What a lambda that changes a tensor gives."""
 
 
-def line_of(place: Path) -> str:
+def line_of(path: Path) -> str:
     """The error of reading an SAE, which is one line."""
     with pytest.raises(SAEError) as caught:
-        saexp.load_sae(place)
+        saexp.load_sae(path)
     assert "\n" not in str(caught.value)
     return str(caught.value)

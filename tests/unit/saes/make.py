@@ -39,15 +39,15 @@ def parameters(
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    found = {"W_enc": noise(d_in, d_sae), "W_dec": noise(d_sae, d_out), "b_dec": noise(d_out)}
+    weights = {"W_enc": noise(d_in, d_sae), "W_dec": noise(d_sae, d_out), "b_dec": noise(d_out)}
     if architecture == "matching_pursuit":
         # Tied, with rows of norm 1 and of a transcoder others of that shape.
-        found["W_enc"] /= found["W_enc"].norm(dim=0)
-        found["W_dec"] = found["W_enc"].T.contiguous() if d_out == d_in else found["W_dec"]
-    found |= {name: 0.3 * noise(d_sae) for name in EXTRA[architecture]}
-    if "threshold" in found:
-        found["threshold"] = found["threshold"].abs() * 4
-    return found
+        weights["W_enc"] /= weights["W_enc"].norm(dim=0)
+        weights["W_dec"] = weights["W_enc"].T.contiguous() if d_out == d_in else weights["W_dec"]
+    weights |= {name: 0.3 * noise(d_sae) for name in EXTRA[architecture]}
+    if "threshold" in weights:
+        weights["threshold"] = weights["threshold"].abs() * 4
+    return weights
 
 
 def sae(architecture: str = "standard", **options: Any) -> SparseAutoencoder:
@@ -64,11 +64,11 @@ def transcoder(architecture: str = "standard", **options: Any) -> SparseAutoenco
     """One from block 3's MLP's input to 9 numbers of its output, with a skip connection."""
     if architecture in ("topk", "abstopk", "groupmax"):
         options.setdefault("k", K)
-    made = {**parameters(architecture, d_out=D_OUT), "W_skip": skip()}
+    weights = {**parameters(architecture, d_out=D_OUT), "W_skip": skip()}
     options.setdefault("hookpoint", Hookpoint(3, "mlp_in"))
     options.setdefault("hookpoint_out", Hookpoint(3, "mlp_out"))
     metadata = options.pop("metadata", None)
-    return SparseAutoencoder(made, SAESettings(architecture=architecture, **options), metadata)
+    return SparseAutoencoder(weights, SAESettings(architecture=architecture, **options), metadata)
 
 
 def skip(d_in: int = D_IN, d_out: int = D_OUT) -> Tensor:
@@ -97,15 +97,15 @@ def write_npz(file: Path, tensors: dict[str, Tensor]) -> Path:
     return file
 
 
-def publish(cache: Path, repo: str, made: Path) -> None:
-    """Put every file below `made` into a hub cache, laid out as huggingface_hub does."""
+def publish(cache: Path, repo: str, files: Path) -> None:
+    """Put every file below `files` into a hub cache, laid out as huggingface_hub does."""
     root = cache / f"models--{repo.replace('/', '--')}"
     (root / "refs").mkdir(parents=True, exist_ok=True)
     (root / "refs" / "main").write_text(COMMIT, encoding="utf-8")
     (root / "blobs").mkdir(exist_ok=True)
-    for file in (f for f in made.rglob("*") if f.is_file()):
+    for file in (f for f in files.rglob("*") if f.is_file()):
         blob = root / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
         file.replace(blob)
-        link = root / "snapshots" / COMMIT / file.relative_to(made)
+        link = root / "snapshots" / COMMIT / file.relative_to(files)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(blob)

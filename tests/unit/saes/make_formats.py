@@ -89,10 +89,10 @@ def write_gemma2(
     **changed: Any,
 ) -> Path:
     """A Gemma Scope 2 folder; `config={}` leaves config.json out, `without` a tensor."""
-    named = {("w_" + n[2:] if n.startswith("W_") else n): t for n, t in p.items()}
-    if "w_skip" in named:
-        named["affine_skip_connection"] = named.pop("w_skip").T
-    _save(folder, {n: t for n, t in named.items() if n != without}, "params.safetensors")
+    renamed = {("w_" + n[2:] if n.startswith("W_") else n): t for n, t in p.items()}
+    if "w_skip" in renamed:
+        renamed["affine_skip_connection"] = renamed.pop("w_skip").T
+    _save(folder, {n: t for n, t in renamed.items() if n != without}, "params.safetensors")
     cfg = {**GEMMA_CFG, **changed} if config is None else config
     if cfg:
         (folder / "config.json").write_text(json.dumps(cfg), encoding="utf-8")
@@ -158,8 +158,8 @@ def write_llama(
         "decoder.bias": p["b_dec"],
     }
     (folder / "checkpoints").mkdir(parents=True)
-    kept = {n: t.contiguous() for n, t in tensors.items() if n != without}
-    save_file(kept, folder / "checkpoints" / "final.safetensors")
+    stored = {n: t.contiguous() for n, t in tensors.items() if n != without}
+    save_file(stored, folder / "checkpoints" / "final.safetensors")
     cfg = {k: v for k, v in {**LLAMA_CFG, **changed}.items() if k != without}
     (folder / "hyperparams.json").write_text(json.dumps(cfg), encoding="utf-8")
     return folder

@@ -25,9 +25,9 @@ def lens_sae(lens: ModuleType, architecture: str, **options: Any) -> Any:
     cfg = getattr(lens, f"{NAMES[architecture]}SAEConfig")(
         d_in=D_IN, d_sae=D_SAE, metadata=lens.saes.sae.SAEMetadata(**metadata), **options
     )
-    made = getattr(lens, f"{NAMES[architecture]}SAE")(cfg)
-    made.load_state_dict(parameters(architecture))
-    return made
+    lens_model = getattr(lens, f"{NAMES[architecture]}SAE")(cfg)
+    lens_model.load_state_dict(parameters(architecture))
+    return lens_model
 
 
 def assert_same(ours: Any, theirs: Any, x: torch.Tensor) -> None:

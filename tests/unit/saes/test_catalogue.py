@@ -99,10 +99,10 @@ def test_every_sae_of_the_catalogue_has_a_reader_and_a_hookpoint() -> None:
             assert (at.stream == "embed") or at.layer == entry.layer, entry
             assert out is None or (out.layer, out.stream) == (at.layer, "mlp_out"), entry
             assert (out is not None) == any(w in release for w in ("transcoder", "clt")), entry
-            named = re.search(
+            match = re.search(
                 r"/(\d+)-(?:[\w.]+-)*?(res|att|mlp|transcoder|clt)", entry.neuronpedia or ""
             )
-            if named is None:
+            if match is None:
                 continue
             n_checked += 1
             if (release, entry.id) == ("gpt2-small-res-jb", "blocks.11.hook_resid_post"):
@@ -112,7 +112,7 @@ def test_every_sae_of_the_catalogue_has_a_reader_and_a_hookpoint() -> None:
                 assert neuronpedia_of(entry) is None
                 continue
             assert neuronpedia_of(entry) == entry.neuronpedia
-            assert (at.layer, True) == (int(named[1]), at.stream in STREAMS[named[2]]), entry
+            assert (at.layer, True) == (int(match[1]), at.stream in STREAMS[match[2]]), entry
     assert unreadable == UNREADABLE
     assert n_checked > 1500
 
@@ -171,9 +171,9 @@ def test_a_stream_that_it_was_not_trained_on_is_refused_before_any_download(
 
 def test_every_listed_sae_is_an_entry() -> None:
     for release, about in catalogue().items():
-        found = entries(release)
-        assert [e.id for e in found] == [s["id"] for s in about["saes"]]
-        unplaced = [e.id for e in found if e.layer is None]
+        listed = entries(release)
+        assert [e.id for e in listed] == [s["id"] for s in about["saes"]]
+        unplaced = [e.id for e in listed if e.layer is None]
         assert all("embedding" in sae_id for sae_id in unplaced), unplaced
 
 

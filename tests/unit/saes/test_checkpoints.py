@@ -22,7 +22,7 @@ from saexp.saes.training import CHECKSUMS, Training, TrainingSource
 from tests.train_alone import train_alone
 
 D_IN, D_SAE, BATCH = 8, 32, 16
-PLACE = TrainingSource("random", Hookpoint(0, "resid_post"), D_IN, 16)
+SOURCE = TrainingSource("random", Hookpoint(0, "resid_post"), D_IN, 16)
 OPTIONS: dict[str, dict[str, Any]] = {
     "batchtopk": {"k": 4},
     "standard": {"l1_coefficient": 0.1},
@@ -39,7 +39,7 @@ def reader(step: int) -> Iterator[Tensor]:
 def training(folder: Path, name: str = "batchtopk", **changed: Any) -> Training:
     options = {"n_samples": 60 * BATCH, "checkpoint_every": 20, "log_every": 5, **changed}
     cfg = SAETrainerConfig(name=name, options=OPTIONS[name], batch_size=BATCH, **options)
-    return Training(cfg, D_SAE, PLACE, folder, torch.device("cpu"))
+    return Training(cfg, D_SAE, SOURCE, folder, torch.device("cpu"))
 
 
 def restarted(folder: Path, name: str = "batchtopk") -> Training:

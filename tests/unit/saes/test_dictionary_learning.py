@@ -126,8 +126,8 @@ def test_a_decoder_row_of_zeros_stays(tmp_path: Path) -> None:
 def test_where_it_belongs(
     tmp_path: Path, name: str | None, folder: str, stream: str | None, expected: str
 ) -> None:
-    made = write_dictionary(tmp_path / folder, "BatchTopKSAE", submodule_name=name)
-    assert saexp.load_sae(made, stream=stream).hookpoint == Hookpoint(3, expected)
+    path = write_dictionary(tmp_path / folder, "BatchTopKSAE", submodule_name=name)
+    assert saexp.load_sae(path, stream=stream).hookpoint == Hookpoint(3, expected)
 
 
 @pytest.mark.parametrize(

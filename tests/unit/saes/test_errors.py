@@ -84,10 +84,10 @@ def change(folder: Path, **cfg: Any) -> Path:
 def test_weights_that_do_not_fit(
     architecture: str, changed: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
-    made = {k: v for k, v in (parameters(architecture) | changed).items() if v is not None}
+    weights = {k: v for k, v in (parameters(architecture) | changed).items() if v is not None}
     options = {"architecture": architecture, **options}
     with pytest.raises(SAEError, match=message):
-        SparseAutoencoder(made, SAESettings(hookpoint=AT, **options), metadata={"name": "mine"})
+        SparseAutoencoder(weights, SAESettings(hookpoint=AT, **options), metadata={"name": "mine"})
 
 
 @pytest.mark.parametrize(
@@ -226,11 +226,13 @@ def test_gemma_scope_outside_its_folders(tmp_path: Path) -> None:
     assert moved.hookpoint == AT
     torch.testing.assert_close(moved.W_dec, p["W_dec"])
     for kind, stream in {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}.items():
-        place = tmp_path / f"gemma-scope-9b-pt-{kind}" / "layer_7" / "width_16k" / "average_l0_9"
-        write_npz(place / "params.npz", p)
-        assert saexp.load_sae(place).hookpoint == Hookpoint(7, stream)
+        sae_folder = (
+            tmp_path / f"gemma-scope-9b-pt-{kind}" / "layer_7" / "width_16k" / "average_l0_9"
+        )
+        write_npz(sae_folder / "params.npz", p)
+        assert saexp.load_sae(sae_folder).hookpoint == Hookpoint(7, stream)
         with pytest.raises(SAEError, match=rf"was trained on layer_7.{stream}; type layer=7"):
-            saexp.load_sae(place, layer=3)
+            saexp.load_sae(sae_folder, layer=3)
 
 
 def test_shipped() -> None:

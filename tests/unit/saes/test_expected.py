@@ -31,9 +31,9 @@ def notes_about(fit: Fit, words: str) -> list[str]:
 
 
 def test_what_the_files_do_not_state_is_unknown() -> None:
-    fit, found = looked_at(sae("jumprelu"))
-    assert {c.name for c in found.values() if c.verdict == "unknown"} == UNKNOWN
-    assert all(c.expected is None for c in found.values())
+    fit, checks = looked_at(sae("jumprelu"))
+    assert {c.name for c in checks.values() if c.verdict == "unknown"} == UNKNOWN
+    assert all(c.expected is None for c in checks.values())
     assert not notes_about(fit, "catalogue")
 
 
@@ -47,14 +47,14 @@ def test_here_is_what_the_formulas_give() -> None:
     seen = looked_at(one)[0].measurements
     assert seen is not None
     legacy = (1 - (error**2).sum(1) / (spread**2).sum(1)).mean()
-    found = {
+    checks = {
         seen.l0: (features > 0).sum(1).double().mean(),
         seen.explained_variance: 1 - (error**2).mean() / (spread**2).mean(),
         seen.explained_variance_legacy: legacy,
         seen.inactive_fraction: ((features > 0).sum(0) == 0).double().mean(),
         seen.mean_norm: (x**2).sum(1).sqrt().mean(),
     }
-    for ours, theirs in found.items():
+    for ours, theirs in checks.items():
         assert ours == pytest.approx(float(theirs), rel=1e-5)
     assert seen.n == N
 
@@ -62,8 +62,8 @@ def test_here_is_what_the_formulas_give() -> None:
 @pytest.mark.parametrize(("by", "verdict"), [(2.9, "fits"), (3.1, "differs"), (1 / 3.1, "differs")])
 def test_l0_within_a_factor_of_three(by: float, verdict: str) -> None:
     l0 = looked_at(sae("jumprelu"))[1]["l0"].measured
-    fit, found = looked_at(sae("jumprelu"), expected_l0=l0 * by)
-    assert found["l0"].verdict == verdict
+    fit, checks = looked_at(sae("jumprelu"), expected_l0=l0 * by)
+    assert checks["l0"].verdict == verdict
     assert bool(notes_about(fit, "active latents a token at layer_3.resid_post")) == (
         verdict == "differs"
     )
@@ -77,8 +77,8 @@ def test_explained_variance_at_most_a_fifth_below(above: float, verdict: str, le
     assert seen is not None
     pair = (seen.explained_variance, seen.explained_variance_legacy)
     nearer = max(pair) if above > 0 else pair[legacy]
-    fit, found = looked_at(sae("jumprelu"), expected_explained_variance=nearer + above)
-    assert found["explained_variance"].verdict == verdict
+    fit, checks = looked_at(sae("jumprelu"), expected_explained_variance=nearer + above)
+    assert checks["explained_variance"].verdict == verdict
     assert bool(notes_about(fit, "the catalogue reports")) == (verdict == "differs")
 
 
@@ -90,14 +90,14 @@ def test_the_norm_a_scaling_factor_was_made_for(by: float, verdict: str) -> None
         "normalize_activations": "expected_average_only_in",
         "norm_factor": factor,
     }
-    fit, found = looked_at(sae("standard", **options))
-    assert found["mean_norm"].expected == pytest.approx(norm * by)
-    assert found["mean_norm"].verdict == verdict
+    fit, checks = looked_at(sae("standard", **options))
+    assert checks["mean_norm"].expected == pytest.approx(norm * by)
+    assert checks["mean_norm"].verdict == verdict
     assert bool(notes_about(fit, "was scaled for vectors of mean norm")) == (verdict == "differs")
-    _, found = looked_at(sae("standard", **options), norm_factor_by="estimate")
-    assert found["mean_norm"].verdict == "unknown"
-    _, found = looked_at(sae("standard"), expected_norm=norm * by)
-    assert found["mean_norm"].verdict == verdict
+    _, checks = looked_at(sae("standard", **options), norm_factor_by="estimate")
+    assert checks["mean_norm"].verdict == "unknown"
+    _, checks = looked_at(sae("standard"), expected_norm=norm * by)
+    assert checks["mean_norm"].verdict == verdict
 
 
 def half_silent() -> SparseAutoencoder:
@@ -127,8 +127,8 @@ def test_dead_latents_as_recorded(
     torch.testing.assert_close(
         recorded_frequencies(file), frequency.double(), rtol=1e-4, atol=1e-12
     )
-    fit, found = looked_at(half_silent(), frequencies=str(file))
-    silent, dead = found["inactive_fraction"], found["dead_fraction"]
+    fit, checks = looked_at(half_silent(), frequencies=str(file))
+    silent, dead = checks["inactive_fraction"], checks["dead_fraction"]
     assert silent.measured == 0.5
     assert silent.expected == pytest.approx(float((1 - frequency.double()).pow(N).mean()), abs=1e-6)
     assert dead.expected == float((frequency == 0).float().mean())

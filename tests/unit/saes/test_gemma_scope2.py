@@ -65,8 +65,8 @@ def test_transcoders(tmp_path: Path, affine: bool) -> None:
     p = square()
     if not affine:
         del p["W_skip"]
-    made = write_gemma2(tmp_path / TRANSCODER, p, affine_connection=affine, **ENDS)
-    sae = saexp.load_sae(made)
+    path = write_gemma2(tmp_path / TRANSCODER, p, affine_connection=affine, **ENDS)
+    sae = saexp.load_sae(path)
     x, q = points(20, D_IN), double(p)
     acts = jump(x.double() @ q["W_enc"] + q["b_enc"], q["threshold"])
     predicted = acts @ q["W_dec"] + q["b_dec"]
@@ -76,15 +76,15 @@ def test_transcoders(tmp_path: Path, affine: bool) -> None:
     assert_near(sae.encode(x), acts)
     assert_near(sae.decode(sae.encode(x), x), predicted)
     assert (sae.hookpoint, sae.hookpoint_out) == (Hookpoint(3, "mlp_in"), Hookpoint(3, "mlp_out"))
-    moved = saexp.load_sae(made.rename(tmp_path / "moved"))
+    moved = saexp.load_sae(path.rename(tmp_path / "moved"))
     assert (moved.hookpoint, moved.hookpoint_out) == (sae.hookpoint, sae.hookpoint_out)
 
 
 def test_moved_without_a_config(tmp_path: Path) -> None:
-    made = write_gemma2(tmp_path / "moved", parameters("jumprelu"), config={})
+    path = write_gemma2(tmp_path / "moved", parameters("jumprelu"), config={})
     with pytest.raises(SAEError, match=r"moved does not say its layer and stream; set layer= and"):
-        saexp.load_sae(made)
-    at = saexp.load_sae(made / "params.safetensors", layer=5, stream="resid_post").hookpoint
+        saexp.load_sae(path)
+    at = saexp.load_sae(path / "params.safetensors", layer=5, stream="resid_post").hookpoint
     assert at == Hookpoint(5, "resid_post")
 
 
@@ -166,8 +166,8 @@ def test_preset(lens: ModuleType, tmp_path: Path, hub_cache: Path) -> None:
     assert (entry.l0_name, entry.path) == ("medium", f"resid_post/{entry.id}")
     p = parameters("jumprelu", 8, 2**14)
     hook = "model.layers.13.output"
-    made = tmp_path / "made" / entry.path
-    write_gemma2(made, p, hf_hook_point_in=hook, hf_hook_point_out=hook)
+    sae_folder = tmp_path / "made" / entry.path
+    write_gemma2(sae_folder, p, hf_hook_point_in=hook, hf_hook_point_out=hook)
     publish(hub_cache, entry.repo, tmp_path / "made")
     sae, x = build("sae", cfg), points(9, 8)
     by_path = saexp.load_sae(f"{entry.repo}/{entry.path}")

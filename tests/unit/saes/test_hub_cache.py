@@ -84,15 +84,15 @@ def llama_scope_files(
     p = parameters("standard", d, 32768)
     if unit:
         p["W_dec"] = torch.nn.functional.normalize(p["W_dec"], dim=-1)
-    place = folder / path
-    (place / "checkpoints").mkdir(parents=True)
+    sae_folder = folder / path
+    (sae_folder / "checkpoints").mkdir(parents=True)
     tensors = {
         "encoder.weight": p["W_enc"].T,
         "encoder.bias": p["b_enc"],
         "decoder.weight": p["W_dec"].T,
         "decoder.bias": p["b_dec"],
     }
-    file = place / "checkpoints" / "final.safetensors"
+    file = sae_folder / "checkpoints" / "final.safetensors"
     save_file({n: t.contiguous() for n, t in tensors.items()}, file)
     cfg = {
         "d_model": d,
@@ -108,7 +108,7 @@ def llama_scope_files(
         "use_decoder_bias": True,
         "use_glu_encoder": False,
     }
-    (place / "hyperparams.json").write_text(json.dumps(cfg), encoding="utf-8")
+    (sae_folder / "hyperparams.json").write_text(json.dumps(cfg), encoding="utf-8")
     return {name: t.double().numpy() for name, t in p.items()}
 
 
@@ -198,8 +198,8 @@ def test_formats_that_sae_lens_reads(lens: ModuleType, tmp_path: Path, hub_cache
         "blocks.3.hook_resid_post__trainer_0",
     )
     repo, record = release(name, sae_id)
-    place = tmp_path / "made" / record["path"]
-    place.mkdir(parents=True)
+    sae_folder = tmp_path / "made" / record["path"]
+    sae_folder.mkdir(parents=True)
     trainer = {
         "layer": 3,
         "dict_class": "AutoEncoderTopK",
@@ -209,7 +209,7 @@ def test_formats_that_sae_lens_reads(lens: ModuleType, tmp_path: Path, hub_cache
         "lm_name": "EleutherAI/pythia-70m-deduped",
     }
     about = {"trainer": trainer, "buffer": {"ctx_len": 128}}
-    (place / "config.json").write_text(json.dumps(about), encoding="utf-8")
+    (sae_folder / "config.json").write_text(json.dumps(about), encoding="utf-8")
     p = parameters("topk")
     tensors = {
         "encoder.weight": p["W_enc"].T,
@@ -217,7 +217,7 @@ def test_formats_that_sae_lens_reads(lens: ModuleType, tmp_path: Path, hub_cache
         "decoder.weight": p["W_dec"].T,
         "b_dec": p["b_dec"],
     }
-    torch.save({n: t.contiguous() for n, t in tensors.items()}, place / "ae.pt")
+    torch.save({n: t.contiguous() for n, t in tensors.items()}, sae_folder / "ae.pt")
     publish(hub_cache, repo, tmp_path / "made")
     ours = build("sae", SAEConfig(name="d", loader="release", release=name, id=sae_id))
     theirs = lens.SAE.from_pretrained(name, sae_id)
@@ -236,10 +236,10 @@ def test_a_factor_folded_by_sae_lens_is_kept(
     name, sae_id = "llama_scope_r1_distill", "l0r_800m_slimpajama"
     del lens  # imported by the fixture, without its warnings
     repo, record = release(name, sae_id)
-    place = tmp_path / "made" / record["path"]
-    place.mkdir(parents=True)
+    sae_folder = tmp_path / "made" / record["path"]
+    sae_folder.mkdir(parents=True)
     about = {"d_model": 12, "expansion_factor": 4, "hook_point_in": "blocks.0.hook_resid_post"}
-    (place / "config.json").write_text(json.dumps(about), encoding="utf-8")
+    (sae_folder / "config.json").write_text(json.dumps(about), encoding="utf-8")
     p = parameters("jumprelu", 12, 48)
     tensors = {
         "encoder.weight": p["W_enc"].T,
@@ -248,7 +248,7 @@ def test_a_factor_folded_by_sae_lens_is_kept(
         "decoder.bias": p["b_dec"],
         "log_jumprelu_threshold": p["threshold"].log(),
     }
-    file = place / "sae_weights.safetensors"
+    file = sae_folder / "sae_weights.safetensors"
     save_file({n: t.contiguous() for n, t in tensors.items()}, file)
     publish(hub_cache, repo, tmp_path / "made")
     ours = build("sae", SAEConfig(name="r", loader="release", release=name, id=sae_id))

@@ -30,21 +30,21 @@ EVERY = [(a, o) for a in ARCHITECTURES for o in OPTIONS] + RESCALED
 
 @pytest.mark.parametrize(("architecture", "options"), EVERY)
 def test_encode_latents_are_columns_of_encode(architecture: str, options: dict[str, Any]) -> None:
-    made = sae(architecture, **options)
+    autoencoder = sae(architecture, **options)
     x = points(3, 9, D_IN)
-    acts = made.encode(x)
-    assert isinstance(made, SAE)
+    acts = autoencoder.encode(x)
+    assert isinstance(autoencoder, SAE)
     assert acts.shape == (3, 9, D_SAE)
     for chosen in ([7], [39, 0, 7, 7], list(range(D_SAE))):
-        torch.testing.assert_close(made.encode_latents(x, chosen), acts[..., chosen])
+        torch.testing.assert_close(autoencoder.encode_latents(x, chosen), acts[..., chosen])
 
 
 @pytest.mark.parametrize(("architecture", "options"), EVERY)
 def test_directions_are_what_a_unit_adds(architecture: str, options: dict[str, Any]) -> None:
-    made = sae(architecture, **options)
+    autoencoder = sae(architecture, **options)
     x = points(5, D_IN)
-    acts, chosen = made.encode(x), [11, 3]
-    directions = made.directions(chosen)
+    acts, chosen = autoencoder.encode(x), [11, 3]
+    directions = autoencoder.directions(chosen)
     own_scale = torch.ones(5, 1)
     if options.get("normalize_activations") == "constant_norm_rescale":
         own_scale = x.norm(dim=-1, keepdim=True) / D_IN**0.5
@@ -53,7 +53,7 @@ def test_directions_are_what_a_unit_adds(architecture: str, options: dict[str, A
     for row, latent in enumerate(chosen):
         raised = acts.clone()
         raised[:, latent] += 1
-        added = made.decode(raised, x) - made.decode(acts, x)
+        added = autoencoder.decode(raised, x) - autoencoder.decode(acts, x)
         torch.testing.assert_close(added, own_scale * directions[row], rtol=1e-4, atol=1e-4)
 
 
@@ -61,14 +61,14 @@ def test_directions_are_what_a_unit_adds(architecture: str, options: dict[str, A
 @given(st.lists(st.integers(0, D_SAE - 1), min_size=1, max_size=8, unique=True))
 def test_an_edit_of_latents_needs_no_decode(chosen: list[int]) -> None:
     """Adding to latents and decoding is x + change @ directions (REFERENCE.md, section 4)."""
-    made = sae("jumprelu", normalize_activations="expected_average_only_in", norm_factor=0.4)
+    autoencoder = sae("jumprelu", normalize_activations="expected_average_only_in", norm_factor=0.4)
     x = points(4, D_IN)
-    acts = made.encode(x)
+    acts = autoencoder.encode(x)
     change = torch.linspace(-1, 2, len(chosen)).expand(4, -1)
     edited = acts.clone()
     edited[:, chosen] += change
-    direct = made.decode(acts) + change @ made.directions(chosen)
-    torch.testing.assert_close(made.decode(edited), direct, rtol=1e-4, atol=1e-4)
+    direct = autoencoder.decode(acts) + change @ autoencoder.directions(chosen)
+    torch.testing.assert_close(autoencoder.decode(edited), direct, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -100,10 +100,10 @@ def test_topk_keeps_k_and_no_negative_ones() -> None:
     ],
 )
 def test_decode_asks_for_the_input(options: dict[str, Any]) -> None:
-    made = sae("standard", metadata={"name": "mine"}, **options)
+    autoencoder = sae("standard", metadata={"name": "mine"}, **options)
     message = "mine scales or centres each input by itself; decode.feature_acts, x. needs the input"
     with pytest.raises(SAEError, match=message):
-        made.decode(made.encode(points(2, D_IN)))
+        autoencoder.decode(autoencoder.encode(points(2, D_IN)))
 
 
 def test_only_an_sae_on_heads_flattens() -> None:
@@ -118,24 +118,24 @@ def test_only_an_sae_on_heads_flattens() -> None:
 
 
 def test_lower_precision_inputs_are_read_in_the_weights_dtype() -> None:
-    made, x = sae("jumprelu"), points(8, D_IN).bfloat16()
-    acts = made.encode(x)
+    autoencoder, x = sae("jumprelu"), points(8, D_IN).bfloat16()
+    acts = autoencoder.encode(x)
     assert acts.dtype == torch.float32
-    torch.testing.assert_close(acts, made.encode(x.float()))
+    torch.testing.assert_close(acts, autoencoder.encode(x.float()))
 
 
 def test_random_control() -> None:
     cfg = SAEConfig(name="random", loader="random", layer=2, width="1k", seed=4, device="cpu")
-    made = build("sae", cfg, d_in=D_IN)
+    autoencoder = build("sae", cfg, d_in=D_IN)
     again = build("sae", cfg, d_in=D_IN)
     other = build("sae", SAEConfig(name="r", loader="random", layer=2, width="1k"), d_in=D_IN)
-    assert (made.d_in, made.d_sae, made.settings.k) == (D_IN, 1024, 32)
-    assert made.hookpoint == Hookpoint(2, "resid_post")
-    torch.testing.assert_close(made.W_dec.norm(dim=-1), torch.ones(1024))
-    assert torch.equal(made.W_dec, again.W_dec)
-    assert not torch.equal(made.W_dec, other.W_dec)
-    assert made.metadata["fingerprint"] == again.metadata["fingerprint"]
-    assert made.metadata["fingerprint"] != other.metadata["fingerprint"]
+    assert (autoencoder.d_in, autoencoder.d_sae, autoencoder.settings.k) == (D_IN, 1024, 32)
+    assert autoencoder.hookpoint == Hookpoint(2, "resid_post")
+    torch.testing.assert_close(autoencoder.W_dec.norm(dim=-1), torch.ones(1024))
+    assert torch.equal(autoencoder.W_dec, again.W_dec)
+    assert not torch.equal(autoencoder.W_dec, other.W_dec)
+    assert autoencoder.metadata["fingerprint"] == again.metadata["fingerprint"]
+    assert autoencoder.metadata["fingerprint"] != other.metadata["fingerprint"]
     with pytest.raises(SAEError, match=r"type sae.d_in=<d_model> layer=<block>"):
         build("sae", cfg)
 
@@ -143,7 +143,7 @@ def test_random_control() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_encode_is_differentiable(architecture: str) -> None:
     """Writing over its own intermediate values loses no gradient, and no input is written to."""
-    made, x = sae(architecture).double(), points(5, D_IN).double()
-    kept = x.clone()
-    assert torch.autograd.gradcheck(made.encode, (x.requires_grad_(),))
-    assert torch.equal(x.detach(), kept)
+    autoencoder, x = sae(architecture).double(), points(5, D_IN).double()
+    original = x.clone()
+    assert torch.autograd.gradcheck(autoencoder.encode, (x.requires_grad_(),))
+    assert torch.equal(x.detach(), original)

@@ -43,13 +43,13 @@ def test_links_are_made_of_the_catalogues_ids(release: str, identity: str) -> No
 
 def test_every_id_of_the_catalogue_makes_a_link() -> None:
     sae = sae_with(None)
-    found = {
+    identities = {
         s["neuronpedia"] for r in catalogue().values() for s in r["saes"] if "neuronpedia" in s
     }
-    for identity in found - {None}:
+    for identity in identities - {None}:
         sae.metadata["neuronpedia_id"] = identity
         assert neuronpedia_url(sae, 0) == f"https://neuronpedia.org/{identity}/0"
-    assert len(found) > 1000
+    assert len(identities) > 1000
 
 
 def test_without_an_id_there_is_no_link_whatever_the_model() -> None:

@@ -17,25 +17,28 @@ CFG = {"architecture": "standard", "metadata": {"hook_name": HOOK_NAME}}
 FIXED = {"normalize_activations": "expected_average_only_in"}
 
 
-def folder(place: Path, **changed: Any) -> Path:
-    return write_saelens(place, {**CFG, **changed}, parameters("standard"))
+def folder(path: Path, **changed: Any) -> Path:
+    return write_saelens(path, {**CFG, **changed}, parameters("standard"))
 
 
-def loaded(place: Path, factor: Any = None) -> Any:
-    return build("sae", SAEConfig(name="s", loader="path", path=str(place), norm_factor=factor))
+def loaded(path: Path, factor: Any = None) -> Any:
+    return build("sae", SAEConfig(name="s", loader="path", path=str(path), norm_factor=factor))
 
 
 def test_a_missing_factor_is_one_line(tmp_path: Path) -> None:
-    place = folder(tmp_path, **FIXED)
+    path = folder(tmp_path, **FIXED)
     for load in (loaded, saexp.load_sae):
         with pytest.raises(SAEError) as caught:
-            load(place)
+            load(path)
         assert str(caught.value).endswith(
             ": its inputs are scaled by a factor that its files do not give; type sae.norm_factor="
             "<number>, or sae.norm_factor=estimate to derive it from the activations"
         )
-    made, x = sae("standard", **FIXED), points(3, D_IN)
-    for use in (lambda: made.encode(x), lambda: made.decode(torch.ones(3, made.d_sae))):
+    autoencoder, x = sae("standard", **FIXED), points(3, D_IN)
+    for use in (
+        lambda: autoencoder.encode(x),
+        lambda: autoencoder.decode(torch.ones(3, autoencoder.d_sae)),
+    ):
         with pytest.raises(SAEError, match="type sae.norm_factor=<number> .with task=analyze"):
             use()
 
@@ -51,21 +54,21 @@ def test_a_factor_given_by_the_user_is_as_one_in_the_files(tmp_path: Path, says_
 
 
 def test_it_is_estimated_to_norm_sqrt_d_in(tmp_path: Path) -> None:
-    made, x = loaded(folder(tmp_path, **FIXED), "estimate"), points(50, D_IN)
-    assert made.lacks_factor
-    factor = estimate_factor(made, [x[:20], x[20:]])
+    autoencoder, x = loaded(folder(tmp_path, **FIXED), "estimate"), points(50, D_IN)
+    assert autoencoder.lacks_factor
+    factor = estimate_factor(autoencoder, [x[:20], x[20:]])
     assert factor == pytest.approx(float(D_IN**0.5 / x.norm(dim=-1).mean()))
-    scaled = made.with_factor(factor)
+    scaled = autoencoder.with_factor(factor)
     assert scaled.settings.norm_factor == factor == scaled.metadata["norm_factor"]
-    assert made.lacks_factor and "norm_factor" not in made.metadata
-    assert scaled.W_dec is made.W_dec
+    assert autoencoder.lacks_factor and "norm_factor" not in autoencoder.metadata
+    assert scaled.W_dec is autoencoder.W_dec
     with pytest.raises(AttributeError):
-        made.hookpoint = made.hookpoint
+        autoencoder.hookpoint = autoencoder.hookpoint
     with pytest.raises(SAEError, match="not a positive number"):
-        made.with_factor(0.0)
+        autoencoder.with_factor(0.0)
     assert float((x * factor).norm(dim=-1).mean()) == pytest.approx(D_IN**0.5)
     with pytest.raises(SAEError, match="every activation is zero"):
-        estimate_factor(made, [torch.zeros(3, D_IN)])
+        estimate_factor(autoencoder, [torch.zeros(3, D_IN)])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -74,8 +77,8 @@ def test_it_is_estimated_as_sae_lens_does(tmp_path: Path) -> None:
 
     scaler, x = ActivationScaler(), points(50, D_IN)
     scaler.estimate_scaling_factor(D_IN, iter([x]), n_batches_for_norm_estimate=1)
-    made = loaded(folder(tmp_path, **FIXED), "estimate")
-    assert scaler.scaling_factor == pytest.approx(estimate_factor(made, [x]))
+    autoencoder = loaded(folder(tmp_path, **FIXED), "estimate")
+    assert scaler.scaling_factor == pytest.approx(estimate_factor(autoencoder, [x]))
 
 
 @pytest.mark.parametrize(

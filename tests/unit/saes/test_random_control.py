@@ -84,8 +84,8 @@ def test_trainings_of_two_layers_start_from_different_directions(tmp_path: Path)
     device = torch.device("cpu")
 
     def start(layer: int) -> Tensor:
-        place = TrainingSource("m", Hookpoint(layer, "resid_post"), d_in=D, context_size=8)
-        return Training(cfg, WIDTH, place, tmp_path, device).sae.W_dec.detach()
+        source = TrainingSource("m", Hookpoint(layer, "resid_post"), d_in=D, context_size=8)
+        return Training(cfg, WIDTH, source, tmp_path, device).sae.W_dec.detach()
 
     assert largest_cosine(start(0), start(1)) < BY_CHANCE
     assert torch.equal(start(0), start(0))

@@ -21,7 +21,7 @@ SCALINGS = ("none", "expected_average_only_in")
 IN, OUT = Hookpoint(3, "mlp_in"), Hookpoint(3, "mlp_out")
 
 
-def trained(folder: Path, name: str, place: TrainingSource, scaling: str) -> Path:
+def trained(folder: Path, name: str, source: TrainingSource, scaling: str) -> Path:
     """After a few steps on noise far from mean 0 and norm sqrt(d)."""
     options = {"k": K} if "topk" in name else {}
     if name == "matching_pursuit":
@@ -33,8 +33,8 @@ def trained(folder: Path, name: str, place: TrainingSource, scaling: str) -> Pat
         normalize_activations=scaling,
         options=options,
     )
-    training = Training(cfg, D_SAE, place, folder / "checkpoints", torch.device("cpu"))
-    width = D_IN + (place.d_out or 0)
+    training = Training(cfg, D_SAE, source, folder / "checkpoints", torch.device("cpu"))
+    width = D_IN + (source.d_out or 0)
 
     def batches(step: int) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(step)
@@ -65,17 +65,17 @@ def place_of(
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_saved_by_saexp(lens: ModuleType, tmp_path: Path, name: str, scaling: str) -> None:
     """The scaling of the training is in the weights, so neither library scales again."""
-    place = place_of(name, prepend_bos=scaling == "none")
-    folder = trained(tmp_path, name, place, scaling)
+    source = place_of(name, prepend_bos=scaling == "none")
+    folder = trained(tmp_path, name, source, scaling)
     ours, theirs = saexp.load_sae(folder), lens.SAE.load_from_disk(folder)
     about = theirs.cfg.metadata
-    assert about.hook_name == place.hookpoint.transformer_lens
+    assert about.hook_name == source.hookpoint.transformer_lens
     assert (about.model_name, about.context_size) == (MODEL, 77)
-    assert about.prepend_bos == place.prepend_bos
+    assert about.prepend_bos == source.prepend_bos
     assert (theirs.cfg.d_in, theirs.cfg.d_sae, theirs.cfg.dtype) == (D_IN, D_SAE, "float32")
     assert theirs.cfg.normalize_activations == ours.settings.normalize_activations == "none"
-    assert (ours.hookpoint, ours.hookpoint_out) == (place.hookpoint, place.hookpoint_out)
-    assert (ours.metadata["model"], ours.metadata["prepend_bos"]) == (MODEL, place.prepend_bos)
+    assert (ours.hookpoint, ours.hookpoint_out) == (source.hookpoint, source.hookpoint_out)
+    assert (ours.metadata["model"], ours.metadata["prepend_bos"]) == (MODEL, source.prepend_bos)
     x = 3 + 5 * points(40, D_IN)
     with torch.no_grad():
         acts = theirs.encode(x)
@@ -97,11 +97,11 @@ def test_of_every_stream(lens: ModuleType, tmp_path: Path, stream: str) -> None:
     assert Hookpoint.parse(theirs.cfg.metadata.hook_name).stored == at.stored
     x = points(40, D_IN)
     # sae-lens is given heads apart there, as its models have them.
-    given = x.reshape(40, 3, D_IN // 3) if stream == "attn_z" else x
+    inputs = x.reshape(40, 3, D_IN // 3) if stream == "attn_z" else x
     with torch.no_grad():
-        acts = theirs.encode(given)
+        acts = theirs.encode(inputs)
         torch.testing.assert_close(ours.encode(x), acts, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(theirs(given).reshape(x.shape), ours.decode(acts))
+        torch.testing.assert_close(theirs(inputs).reshape(x.shape), ours.decode(acts))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -81,23 +81,23 @@ WRONG: list[tuple[str, str, Any, str]] = [
 ]
 
 
-def write_config(form: str, place: Path, changes: dict[str, Any]) -> Path:
+def write_config(form: str, sae_folder: Path, changes: dict[str, Any]) -> Path:
     """Change a format's config; a key of two parts is of a section."""
     name = FORMATS[form][3]
     assert name is not None
-    cfg = json.loads((place / name).read_text())
+    cfg = json.loads((sae_folder / name).read_text())
     for key, value in changes.items():
         section, _, inner = key.rpartition(".")
         (cfg[section] if section else cfg)[inner] = value
-    (place / name).write_text(json.dumps(cfg))
-    return place / name
+    (sae_folder / name).write_text(json.dumps(cfg))
+    return sae_folder / name
 
 
 @pytest.mark.parametrize(("form", "key", "value", "message"), WRONG)
 def test_wrong_settings(form: str, key: str, value: Any, message: str, tmp_path: Path) -> None:
-    place = FORMATS[form][0](tmp_path)
-    file = write_config(form, place, {key: value})
-    line = line_of(place)
+    sae_folder = FORMATS[form][0](tmp_path)
+    file = write_config(form, sae_folder, {key: value})
+    line = line_of(sae_folder)
     assert message in line
     assert str(file) in line or "k=41" in line
 
@@ -111,20 +111,20 @@ def test_configs_that_are_no_object(form: str, content: bytes, tmp_path: Path) -
     write, _, _, config = FORMATS[form]
     if config is None:
         return
-    place = write(tmp_path)
-    (place / config).write_bytes(content)
+    sae_folder = write(tmp_path)
+    (sae_folder / config).write_bytes(content)
     valid = content in (b"[]", b'"text"', b"null", b"3")
     what = "a JSON object" if valid else "valid JSON"
-    assert line_of(place).startswith(f"{place / config} is not {what}")
-    (place / config).unlink()
-    (place / config).mkdir()
+    assert line_of(sae_folder).startswith(f"{sae_folder / config} is not {what}")
+    (sae_folder / config).unlink()
+    (sae_folder / config).mkdir()
     if form == "Gemma Scope 2":
         # Its folder's name has it all; some on the hub have no config.
-        assert saexp.load_sae(place).d_sae == D_SAE
+        assert saexp.load_sae(sae_folder).d_sae == D_SAE
     else:
         assert "is not an SAE in a format that saexp reads" in line_of(
-            place
-        ) or "pickle" in line_of(place)
+            sae_folder
+        ) or "pickle" in line_of(sae_folder)
 
 
 ANY = st.recursive(
@@ -146,13 +146,13 @@ ANY = st.recursive(
 def test_any_settings_are_read_or_refused_in_one_line(
     form: str, data: st.DataObject, tmp_path: Path
 ) -> None:
-    place = tmp_path / "sae"
-    if not place.exists():
-        made = FORMATS[form][0](tmp_path / "made")
-        place.symlink_to(made)
-        (tmp_path / "config").write_text((made / str(FORMATS[form][3])).read_text())
-    place = place.resolve()
-    file = place / str(FORMATS[form][3])
+    sae_folder = tmp_path / "sae"
+    if not sae_folder.exists():
+        written = FORMATS[form][0](tmp_path / "made")
+        sae_folder.symlink_to(written)
+        (tmp_path / "config").write_text((written / str(FORMATS[form][3])).read_text())
+    sae_folder = sae_folder.resolve()
+    file = sae_folder / str(FORMATS[form][3])
     cfg = json.loads((tmp_path / "config").read_text())
     sections = [cfg, *(v for v in cfg.values() if isinstance(v, dict))]
     for _ in range(data.draw(st.integers(1, 3))):
@@ -160,7 +160,7 @@ def test_any_settings_are_read_or_refused_in_one_line(
         section[data.draw(st.sampled_from(sorted(section)))] = data.draw(ANY)
     file.write_text(json.dumps(cfg))
     try:
-        saexp.load_sae(place)
+        saexp.load_sae(sae_folder)
     except SAEError as error:
         assert "\n" not in str(error)
         str(error).encode()

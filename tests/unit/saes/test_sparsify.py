@@ -25,7 +25,7 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def made(skips: bool = False) -> dict[str, Tensor]:
+def make_weights(skips: bool = False) -> dict[str, Tensor]:
     p = parameters("topk")
     return {**p, "W_skip": skip(D_IN, D_IN)} if skips else p
 
@@ -33,13 +33,15 @@ def made(skips: bool = False) -> dict[str, Tensor]:
 def write(folder: Path, variant: dict[str, Any]) -> Path:
     """layers.3.mlp for transcoders, layers.3 for SAEs."""
     name = "layers.3.mlp" if variant.get("transcode") else "layers.3"
-    return write_sparsify(folder / name, made(bool(variant.get("skip_connection"))), **variant)
+    return write_sparsify(
+        folder / name, make_weights(bool(variant.get("skip_connection"))), **variant
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_formula(tmp_path: Path, variant: dict[str, Any]) -> None:
     sae = saexp.load_sae(write(tmp_path, variant))
-    x, p = points(30, D_IN), double(made(bool(variant.get("skip_connection"))))
+    x, p = points(30, D_IN), double(make_weights(bool(variant.get("skip_connection"))))
     read = x.double() if variant.get("transcode") else x.double() - p["b_dec"]
     pre = read @ p["W_enc"] + p["b_enc"]
     if variant.get("activation") == "groupmax":
@@ -94,13 +96,13 @@ def test_the_library(
 def test_the_folder_says_where(
     tmp_path: Path, folder: str, transcode: bool, stream: str, stream_out: str | None
 ) -> None:
-    sae = saexp.load_sae(write_sparsify(tmp_path / folder, made(), transcode=transcode))
+    sae = saexp.load_sae(write_sparsify(tmp_path / folder, make_weights(), transcode=transcode))
     assert sae.hookpoint == Hookpoint(3, stream)
     assert sae.hookpoint_out == (Hookpoint(3, stream_out) if stream_out else None)
 
 
 def test_other_folders(tmp_path: Path) -> None:
-    folder = write_sparsify(tmp_path / "embed_tokens", made())
+    folder = write_sparsify(tmp_path / "embed_tokens", make_weights())
     assert saexp.load_sae(folder / "sae.safetensors").hookpoint == Hookpoint(0, "embed")
     moved = folder.rename(tmp_path / "mine")
     with pytest.raises(
@@ -111,7 +113,7 @@ def test_other_folders(tmp_path: Path) -> None:
     with pytest.raises(
         SAEError, match="layer=2, but .* was trained on layer_3.resid_post; type la"
     ):
-        saexp.load_sae(write_sparsify(tmp_path / "layers.3", made()), layer=2)
+        saexp.load_sae(write_sparsify(tmp_path / "layers.3", make_weights()), layer=2)
 
 
 @pytest.mark.parametrize(
@@ -161,16 +163,18 @@ def test_folders_that_do_not_fit(
     tmp_path: Path, folder: str, changed: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SAEError, match=message) as caught:
-        saexp.load_sae(write_sparsify(tmp_path / folder, made(), **changed))
+        saexp.load_sae(write_sparsify(tmp_path / folder, make_weights(), **changed))
     assert "\n" not in str(caught.value)
 
 
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     folder = tmp_path / "layers.3"
     with pytest.raises(SAEError, match=r"W_dec has shape \[12, 40\], not \[40, 12\]"):
-        saexp.load_sae(write_sparsify(folder, {**made(), "W_dec": made()["W_dec"].T}))
+        saexp.load_sae(
+            write_sparsify(folder, {**make_weights(), "W_dec": make_weights()["W_dec"].T})
+        )
     with pytest.raises(SAEError, match="'W_skip', which saexp cannot apply in a topk SAE"):
-        saexp.load_sae(write_sparsify(folder, made(True), skip_connection=True))
+        saexp.load_sae(write_sparsify(folder, make_weights(True), skip_connection=True))
     (folder / "sae.safetensors").write_bytes(b"cut off")
     with pytest.raises(SAEError, match=r"sae.safetensors is not a safetensors file \("):
         saexp.load_sae(folder)
@@ -179,7 +183,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
 def test_hub(tmp_path: Path, hub_cache: Path) -> None:
     """By repository and path; the run's config beside the folders says the model."""
     repo, run = "EleutherAI/sae-tiny", tmp_path / "made"
-    write_sparsify(run / "layers.3.mlp", made())
+    write_sparsify(run / "layers.3.mlp", make_weights())
     (run / "config.json").write_text(json.dumps({"model": "EleutherAI/pythia-70m"}))
     publish(hub_cache, repo, run)
     sae = saexp.load_sae(f"{repo}/layers.3.mlp")
@@ -193,7 +197,7 @@ def test_hub(tmp_path: Path, hub_cache: Path) -> None:
 
 
 def test_a_norm_after_the_module(tmp_path: Path) -> None:
-    folder = write_sparsify(tmp_path / "layers.3.mlp", made())
+    folder = write_sparsify(tmp_path / "layers.3.mlp", make_weights())
     (tmp_path / "config.json").write_text(json.dumps({"model": "google/gemma-2-2b"}))
     with pytest.raises(SAEError, match="of layer_3.mlp_out, but google/gemma-2-2b applies a norm"):
         saexp.load_sae(folder)

@@ -16,11 +16,11 @@ from tests.unit.saes.make import D_IN, D_SAE, points
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def made(**options: Any) -> Any:
+def make_training_sae(**options: Any) -> Any:
     torch.manual_seed(1)
     cfg = SAETrainerConfig(name="batchtopk", options={"k": 4, **options})
-    place = TrainingSource("m", Hookpoint(3, "resid_post"), D_IN, 64)
-    return training_sae(cfg, D_SAE, place, torch.device("cpu"), 100)
+    source = TrainingSource("m", Hookpoint(3, "resid_post"), D_IN, 64)
+    return training_sae(cfg, D_SAE, source, torch.device("cpu"), 100)
 
 
 @pytest.mark.parametrize("k", [0.5, 4, 7.3, 29, D_SAE])
@@ -30,13 +30,13 @@ def test_what_is_kept_and_its_gradient_are_sae_lens_own(lens: ModuleType, k: int
 
     x = torch.randn(16, D_SAE, generator=torch.Generator().manual_seed(2))
     weight = torch.randn(16, D_SAE, generator=torch.Generator().manual_seed(3))
-    found, grads = [], []
+    outputs, grads = [], []
     for cls in (lens.saes.batchtopk_sae.BatchTopK, QuickBatchTopK):
-        given = x.clone().requires_grad_()
-        found.append(cls(k)(given))
-        (found[-1] * weight).sum().backward()
-        grads.append(given.grad)
-    assert torch.equal(*found)
+        inputs = x.clone().requires_grad_()
+        outputs.append(cls(k)(inputs))
+        (outputs[-1] * weight).sum().backward()
+        grads.append(inputs.grad)
+    assert torch.equal(*outputs)
     assert torch.equal(*grads)
 
 
@@ -44,10 +44,10 @@ def test_of_equal_activations_the_first_are_kept() -> None:
     from saexp.saes.training_step import QuickBatchTopK
 
     x = torch.tensor([[3.0, 1.0, -1.0, 2.0], [1.0, 0.5, 1.0, 1.0]], requires_grad=True)
-    kept = QuickBatchTopK(2)(x)
-    assert kept.tolist() == [[3.0, 1.0, 0.0, 2.0], [1.0, 0.0, 0.0, 0.0]]
-    kept.sum().backward()
-    assert x.grad is not None and torch.equal(x.grad, (kept > 0).float())
+    activations = QuickBatchTopK(2)(x)
+    assert activations.tolist() == [[3.0, 1.0, 0.0, 2.0], [1.0, 0.0, 0.0, 0.0]]
+    activations.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, (activations > 0).float())
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,10 @@ def test_it_is_trained_as_sae_lens_trains_its_own(
     lens: ModuleType, options: dict[str, Any]
 ) -> None:
     """Losses, weights and the threshold after 30 steps of Adam; latents die on the way."""
-    ours, batches = made(**options), [b + 0.1 * i for i, b in enumerate(points(30, 16, D_IN))]
+    ours, batches = (
+        make_training_sae(**options),
+        [b + 0.1 * i for i, b in enumerate(points(30, 16, D_IN))],
+    )
     theirs = lens.BatchTopKTrainingSAE(ours.cfg)
     theirs.load_state_dict(ours.state_dict())
     assert type(ours) is not type(theirs)

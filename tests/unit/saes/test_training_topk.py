@@ -98,10 +98,10 @@ def test_of_equal_activations_k_are_active() -> None:
     active = Active.of(sae.active_indices(scored), scored.shape)
     assert torch.bincount(active.rows).tolist() == [2, 1, 2]
     assert active.starts.tolist() == [0, 2, 3]
-    kept = torch.zeros_like(scored)
-    kept[active.rows, active.latents] = scored[active.rows, active.latents]
-    assert kept[0].sum() == 4.0 and kept[1].tolist() == [1.0, 0, 0, 0]
-    assert kept[2].tolist() == [2.0, 3.0, 0, 0]
+    activations = torch.zeros_like(scored)
+    activations[active.rows, active.latents] = scored[active.rows, active.latents]
+    assert activations[0].sum() == 4.0 and activations[1].tolist() == [1.0, 0, 0, 0]
+    assert activations[2].tolist() == [2.0, 3.0, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["topk", "batchtopk"])

@@ -27,11 +27,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def made(name: str, d_in: int = D_IN, d_out: int = D_OUT, **options: Any) -> Any:
+def make_training_sae(name: str, d_in: int = D_IN, d_out: int = D_OUT, **options: Any) -> Any:
     torch.manual_seed(1)
     cfg = SAETrainerConfig(name=name, options={**OPTIONS.get(name, {}), **options})
-    place = TrainingSource("m", Hookpoint(3, "mlp_in"), d_in, 64, Hookpoint(3, "mlp_out"), d_out)
-    return training_sae(cfg, D_SAE, place, CPU, 100)
+    source = TrainingSource("m", Hookpoint(3, "mlp_in"), d_in, 64, Hookpoint(3, "mlp_out"), d_out)
+    return training_sae(cfg, D_SAE, source, CPU, 100)
 
 
 def noisy(model: Any) -> Any:
@@ -72,15 +72,15 @@ def test_from_a_stream_to_itself_it_is_trained_as_sae_lens_trains_an_sae(
     lens: ModuleType, name: str
 ) -> None:
     """Each has the losses and, after 30 steps of Adam, the weights of sae-lens' class."""
-    ours = made(name, d_out=D_IN)
+    ours = make_training_sae(name, d_out=D_IN)
     cls, config = lens.registry.get_sae_training_class(name.removesuffix("_transcoder"))
     fields = {k: v for k, v in vars(ours.cfg).items() if k not in ("d_out", "skip")}
     theirs = cls(config(**fields))
     theirs.load_state_dict(ours.state_dict())
     batches = [b + 0.1 * i for i, b in enumerate(points(30, 16, D_IN))]
     expected = optimised(lens, theirs, batches)
-    found = optimised(lens, ours, [torch.cat([b, b], -1) for b in batches])
-    assert found == pytest.approx(expected, rel=1e-6)
+    losses = optimised(lens, ours, [torch.cat([b, b], -1) for b in batches])
+    assert losses == pytest.approx(expected, rel=1e-6)
     for parameter, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[parameter], value, rtol=1e-5, atol=1e-6)
 
@@ -88,7 +88,7 @@ def test_from_a_stream_to_itself_it_is_trained_as_sae_lens_trains_an_sae(
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("name", TRANSCODERS)
 def test_losses_and_gradients_are_of_the_target(lens: ModuleType, name: str, skip: bool) -> None:
-    model, (x, y) = noisy(made(name, skip=skip)), pairs(50)
+    model, (x, y) = noisy(make_training_sae(name, skip=skip)), pairs(50)
     dead = torch.arange(D_SAE) >= D_SAE - 6
     output = model.training_forward_pass(step_input(lens, torch.cat([x, y], -1), dead))
     acts, linear = output.feature_acts, (x @ model.W_skip.T if skip else 0)
@@ -102,9 +102,9 @@ def test_losses_and_gradients_are_of_the_target(lens: ModuleType, name: str, ski
     torch.testing.assert_close(output.losses["mse_loss"], error)
     if "batchtopk" in name:
         best = pre[:, dead].topk(min(6, D_OUT // 2)).values.min(-1, keepdim=True).values
-        kept = torch.where(dead & (pre >= best), pre, 0.0) / norms
+        auxiliary = torch.where(dead & (pre >= best), pre, 0.0) / norms
         left = (y - predicted).detach()
-        spare = (kept @ model.W_dec - left).square().sum(-1).mean()
+        spare = (auxiliary @ model.W_dec - left).square().sum(-1).mean()
         torch.testing.assert_close(output.losses["auxiliary_reconstruction_loss"], spare)
     output.losses["mse_loss"].backward()
     wanted = 2 * (predicted - y).detach() / len(x)
@@ -119,7 +119,7 @@ def test_a_saved_transcoder_reads_and_predicts_unscaled_streams(
     lens: ModuleType, tmp_path: Path, name: str, skip: bool
 ) -> None:
     """Trained on 0.3 x and 7 y: sae-lens and saexp then predict y from x with the same latents."""
-    model, (x, _) = noisy(made(name, skip=skip)).eval(), pairs(400)
+    model, (x, _) = noisy(make_training_sae(name, skip=skip)).eval(), pairs(400)
     pre = 0.3 * x @ model.W_enc + model.b_enc
     limit = torch.zeros(())
     if "batchtopk" in name:
@@ -140,11 +140,11 @@ def test_a_saved_transcoder_reads_and_predicts_unscaled_streams(
             ("standard_transcoder", False): "Transcoder",
             ("standard_transcoder", True): "SkipTranscoder",
         }.get((name, skip), "JumpReLUSkipTranscoder" if skip else "JumpReLUTranscoder")
-        found = theirs.encode(x)
-        torch.testing.assert_close(found > 0, acts > 0)
-        torch.testing.assert_close(ours.encode(x), found)
+        lens_acts = theirs.encode(x)
+        torch.testing.assert_close(lens_acts > 0, acts > 0)
+        torch.testing.assert_close(ours.encode(x), lens_acts)
         torch.testing.assert_close(theirs(x), out, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(ours.decode(found, x), out, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.decode(lens_acts, x), out, rtol=1e-4, atol=1e-4)
     assert 0.05 < float((acts > 0).float().mean()) < 0.95
     assert ours.hookpoints == [Hookpoint(3, "mlp_in"), Hookpoint(3, "mlp_out")]
 
@@ -201,11 +201,11 @@ def test_each_stream_has_a_factor_of_its_own_that_a_checkpoint_keeps(tmp_path: P
 )
 def test_options_that_do_not_fit(name: str, options: dict[str, Any], message: str) -> None:
     torch.manual_seed(0)
-    place = TrainingSource("m", Hookpoint(3, "mlp_in"), D_IN, 64)
+    source = TrainingSource("m", Hookpoint(3, "mlp_in"), D_IN, 64)
     if "transcode" in name:
-        place = TrainingSource(
+        source = TrainingSource(
             "m", Hookpoint(3, "mlp_in"), D_IN, 64, Hookpoint(3, "mlp_out"), D_OUT
         )
     with pytest.raises(ConfigError, match=message) as caught:
-        training_sae(SAETrainerConfig(name=name, options=options), D_SAE, place, CPU, 100)
+        training_sae(SAETrainerConfig(name=name, options=options), D_SAE, source, CPU, 100)
     assert "\n" not in str(caught.value)

@@ -46,43 +46,45 @@ LENS = {
 
 
 def weights(architecture: str) -> dict[str, torch.Tensor]:
-    found = parameters(LENS[architecture][1], d_out=D_OUT)
-    return {**found, "W_skip": skip()} if "skip" in architecture else found
+    tensors = parameters(LENS[architecture][1], d_out=D_OUT)
+    return {**tensors, "W_skip": skip()} if "skip" in architecture else tensors
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_identities(architecture: str) -> None:
     """Encodes as an SAE of the same encoder; a unit of a latent adds its direction."""
-    made, x = transcoder(architecture), points(3, 4, D_IN)
+    autoencoder, x = transcoder(architecture), points(3, 4, D_IN)
     twin = sae(architecture, apply_b_dec_to_input=False)
     for name in set(dict(twin.named_buffers())) - {"W_dec", "b_dec"}:
-        setattr(twin, name, getattr(made, name))
-    acts = made.encode(x)
-    assert (made.d_in, made.d_sae, made.d_out) == (D_IN, D_SAE, D_OUT)
-    assert (made.is_transcoder, twin.is_transcoder) == (True, False)
+        setattr(twin, name, getattr(autoencoder, name))
+    acts = autoencoder.encode(x)
+    assert (autoencoder.d_in, autoencoder.d_sae, autoencoder.d_out) == (D_IN, D_SAE, D_OUT)
+    assert (autoencoder.is_transcoder, twin.is_transcoder) == (True, False)
     torch.testing.assert_close(acts, twin.encode(x))
-    torch.testing.assert_close(made.encode_latents(x, [7, 0, 7]), acts[..., [7, 0, 7]])
+    torch.testing.assert_close(autoencoder.encode_latents(x, [7, 0, 7]), acts[..., [7, 0, 7]])
     raised = acts.clone()
     raised[..., 11] += 1
-    added = made.decode(raised, x) - made.decode(acts, x)
+    added = autoencoder.decode(raised, x) - autoencoder.decode(acts, x)
     torch.testing.assert_close(
-        added, made.directions([11])[0].expand(3, 4, D_OUT), rtol=1e-4, atol=1e-4
+        added, autoencoder.directions([11])[0].expand(3, 4, D_OUT), rtol=1e-4, atol=1e-4
     )
-    without = made.decode(acts, torch.zeros_like(x))
-    torch.testing.assert_close(made.decode(acts, x) - without, x @ skip().T, rtol=1e-4, atol=1e-4)
+    without = autoencoder.decode(acts, torch.zeros_like(x))
+    torch.testing.assert_close(
+        autoencoder.decode(acts, x) - without, x @ skip().T, rtol=1e-4, atol=1e-4
+    )
     with pytest.raises(
         SAEError, match=r"the SAE has a skip connection; decode.feature_acts, x. needs"
     ):
-        made.decode(acts)
+        autoencoder.decode(acts)
 
 
 def test_without_a_skip_connection_the_input_is_not_needed() -> None:
     p = parameters("standard", d_out=D_OUT)
     settings = SAESettings(architecture="standard", hookpoint=IN, hookpoint_out=OUT)
-    made = SparseAutoencoder(p, settings)
-    acts = made.encode(points(5, D_IN))
-    torch.testing.assert_close(made.decode(acts), acts @ p["W_dec"] + p["b_dec"])
-    assert made.W_skip is None
+    autoencoder = SparseAutoencoder(p, settings)
+    acts = autoencoder.encode(points(5, D_IN))
+    torch.testing.assert_close(autoencoder.decode(acts), acts @ p["W_dec"] + p["b_dec"])
+    assert autoencoder.W_skip is None
 
 
 @pytest.mark.parametrize(
@@ -110,10 +112,10 @@ def test_without_a_skip_connection_the_input_is_not_needed() -> None:
     ],
 )
 def test_what_does_not_fit(options: dict[str, Any], changed: dict[str, Any], message: str) -> None:
-    found = {**parameters("standard", d_out=D_OUT), **changed}
+    tensors = {**parameters("standard", d_out=D_OUT), **changed}
     with pytest.raises(SAEError, match=message):
         SparseAutoencoder(
-            found,
+            tensors,
             SAESettings(architecture="standard", hookpoint=IN, hookpoint_out=OUT, **options),
             metadata={"name": "mine"},
         )
@@ -224,16 +226,16 @@ def test_matryoshka(lens: ModuleType, tmp_path: Path, kind: str) -> None:
 def test_read_by_sae_lens(lens: ModuleType, tmp_path: Path, hub_cache: Path) -> None:
     """A release whose format saexp has no reader for."""
     name = "mwhanna-qwen3-0.6b-transcoders-lowl0"
-    repo, made = catalogue()[name]["repo_id"], tmp_path / "made"
-    made.mkdir()
+    repo, folder = catalogue()[name]["repo_id"], tmp_path / "made"
+    folder.mkdir()
     p = parameters("standard")
     stored = {**p, "W_enc": p["W_enc"].T.contiguous()}
-    save_file(stored, made / "layer_3.safetensors")
+    save_file(stored, folder / "layer_3.safetensors")
     facts = {"d_model": D_IN, "d_feature": D_SAE, "batch_size": 64}
     about = {k: {"value": v} for k, v in facts.items()}
-    (made / "wandb-config.yaml").write_text(yaml.safe_dump(about))
-    (made / "config.yaml").write_text(yaml.safe_dump({"model_name": "Qwen/Qwen3-0.6B"}))
-    publish(hub_cache, repo, made)
+    (folder / "wandb-config.yaml").write_text(yaml.safe_dump(about))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model_name": "Qwen/Qwen3-0.6B"}))
+    publish(hub_cache, repo, folder)
     ours = build("sae", SAEConfig(name="q", loader="release", release=name, id="layer_3"))
     with pytest.warns(UserWarning, match="non-empty model_from_pretrained_kwargs"):
         theirs = lens.SAE.from_pretrained(name, "layer_3")
@@ -248,12 +250,12 @@ def test_qwen_scope_read_by_sae_lens(
     lens: ModuleType, tmp_path: Path, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of Qwen 3.5, whose blocks alternate attention and linear attention."""
-    name, made = "qwen-scope-3.5-2b-base-w32k-l50", tmp_path / "made"
-    made.mkdir()
+    name, folder = "qwen-scope-3.5-2b-base-w32k-l50", tmp_path / "made"
+    folder.mkdir()
     p = parameters("topk", d_sae=32 * 1024)
     stored = {**p, "W_enc": p["W_enc"].T.contiguous(), "W_dec": p["W_dec"].T.contiguous()}
-    torch.save(stored, made / "layer3.sae.pt")
-    publish(hub_cache, catalogue()[name]["repo_id"], made)
+    torch.save(stored, folder / "layer3.sae.pt")
+    publish(hub_cache, catalogue()[name]["repo_id"], folder)
     known = lens.loading.pretrained_sae_loaders.QWEN_SCOPE_MODEL_INFO
     monkeypatch.setitem(known, "Qwen3.5-2B-Base", ("Qwen/Qwen3.5-2B-Base", D_IN))
     ours = build("sae", SAEConfig(name="q", loader="release", release=name, layer=3))
@@ -354,8 +356,8 @@ def test_gemma_scope_transcoders_read_the_norms_output_before_its_gain(
         torch.testing.assert_close(model.hf(ids).logits, logits, rtol=1e-4, atol=1e-4)
     with torch.no_grad(), edit(model, splice_edits(sae)):
         replaced_by_ours = model.hf(ids).logits[0]
-    made = (acts @ p["W_dec"].double() + p["b_dec"].double()).float()
-    wanted.copy_(made)
+    output = (acts @ p["W_dec"].double() + p["b_dec"].double()).float()
+    wanted.copy_(output)
     handle = model.blocks[1].post_feedforward_layernorm.register_forward_hook(by_hand)
     with torch.no_grad():
         torch.testing.assert_close(replaced_by_ours, model.hf(ids).logits[0], rtol=1e-3, atol=1e-3)
@@ -367,9 +369,9 @@ def test_one_layer_of_a_cross_layer_transcoder(
 ) -> None:
     from sae_lens.loading import pretrained_sae_loaders as loaders
 
-    release, made, layer, n_layers = CLT, tmp_path / "made", 3, 7
+    release, folder, layer, n_layers = CLT, tmp_path / "made", 3, 7
     repo = catalogue()[release]["repo_id"]
-    made.mkdir()
+    folder.mkdir()
     p, later = parameters("standard"), n_layers - layer
     decoder = torch.randn(D_SAE, later, D_IN, generator=torch.Generator().manual_seed(1))
     encoder = {f"W_enc_{layer}": p["W_enc"].T, f"b_enc_{layer}": p["b_enc"]}
@@ -377,15 +379,15 @@ def test_one_layer_of_a_cross_layer_transcoder(
     files = {f"W_enc_{layer}": encoder, f"W_dec_{layer}": {f"W_dec_{layer}": decoder}}
     for name, tensors in files.items():
         whole = {n: t.contiguous() for n, t in tensors.items()}
-        save_file(whole, made / f"{name}.safetensors")
+        save_file(whole, folder / f"{name}.safetensors")
     about = {
         "model_name": "google/gemma-2-2b",
         "model_kind": "cross_layer_transcoder",
         "feature_input_hook": "hook_resid_mid",
         "feature_output_hook": "hook_mlp_out",
     }
-    (made / "config.yaml").write_text(yaml.safe_dump(about))
-    publish(hub_cache, repo, made)
+    (folder / "config.yaml").write_text(yaml.safe_dump(about))
+    publish(hub_cache, repo, folder)
     ours = build("sae", SAEConfig(name="c", loader="release", release=release, layer=layer))
     # It asks the hub for shapes.
     shapes = {n: list(t.shape) for n, t in encoder.items()}
@@ -431,8 +433,8 @@ CLT = "mntss-gemma-2-2b-2.5m-clt-as-per-layer"
 def test_files_of_a_cross_layer_transcoder_that_do_not_fit(
     tmp_path: Path, hub_cache: Path, change: dict[str, Any], message: str
 ) -> None:
-    p, made = parameters("standard"), tmp_path / "made"
-    made.mkdir()
+    p, folder = parameters("standard"), tmp_path / "made"
+    folder.mkdir()
     files: dict[str, Any] = {
         "config.yaml": "feature_input_hook: hook_resid_mid\nfeature_output_hook: hook_mlp_out",
         "W_enc_3": {"W_enc_3": p["W_enc"].T, "b_enc_3": p["b_enc"], "b_dec_3": p["b_dec"]},
@@ -440,11 +442,11 @@ def test_files_of_a_cross_layer_transcoder_that_do_not_fit(
     }
     for name, content in {**files, **change}.items():
         if isinstance(content, str):
-            (made / name).write_text(content)
+            (folder / name).write_text(content)
         else:
             whole = {n: t.contiguous() for n, t in content.items()}
-            save_file(whole, made / f"{name}.safetensors")
-    publish(hub_cache, catalogue()[CLT]["repo_id"], made)
+            save_file(whole, folder / f"{name}.safetensors")
+    publish(hub_cache, catalogue()[CLT]["repo_id"], folder)
     with pytest.raises(SAEError, match=message) as caught:
         build("sae", SAEConfig(name="c", loader="release", release=CLT, layer=3))
     assert "\n" not in str(caught.value)
@@ -455,7 +457,7 @@ def test_files_of_a_cross_layer_transcoder_that_do_not_fit(
     [(8, D_MODEL, "reads vectors of 8"), (D_MODEL, 9, "predicts vectors of 9")],
 )
 def test_of_another_models_size(d_in: int, d_out: int, what: str) -> None:
-    made = SparseAutoencoder(
+    autoencoder = SparseAutoencoder(
         parameters("standard", d_in=d_in, d_out=d_out),
         SAESettings(
             architecture="standard",
@@ -464,15 +466,15 @@ def test_of_another_models_size(d_in: int, d_out: int, what: str) -> None:
         ),
         metadata={"name": "mine"},
     )
-    assert made.hookpoints == [Hookpoint(1, "mlp_in"), Hookpoint(1, "mlp_out")]
+    assert autoencoder.hookpoints == [Hookpoint(1, "mlp_in"), Hookpoint(1, "mlp_out")]
     with pytest.raises(
         SAEError, match=f"^mine {what} numbers, but .* has d_model={D_MODEL}; choose"
     ):
-        check_fits(made, random_lm("llama"))
+        check_fits(autoencoder, random_lm("llama"))
 
 
 def test_of_a_layer_the_model_lacks() -> None:
-    made = SparseAutoencoder(
+    autoencoder = SparseAutoencoder(
         parameters("standard", d_in=D_MODEL, d_out=D_MODEL),
         SAESettings(
             architecture="standard",
@@ -481,4 +483,4 @@ def test_of_a_layer_the_model_lacks() -> None:
         ),
     )
     with pytest.raises(ModelError, match="layer=30"):
-        check_fits(made, random_lm("llama"))
+        check_fits(autoencoder, random_lm("llama"))

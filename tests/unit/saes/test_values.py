@@ -31,41 +31,47 @@ def test_sound_files_are_read(form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("bad", "shown"), [(torch.nan, "NaN"), (torch.inf, "Inf")])
 def test_nan_and_infinities_are_counted(form: str, bad: float, shown: str, tmp_path: Path) -> None:
     write, weights, decoder, _ = FORMATS[form]
-    place = write(tmp_path)
+    sae_folder = write(tmp_path)
 
     def spoil(tensors: dict[str, Tensor]) -> None:
         tensors[decoder].view(-1)[:2] = bad
 
-    change(place / weights, spoil)
+    change(sae_folder / weights, spoil)
     name = decoder if form == "Llama Scope" else "W_dec"
-    assert line_of(place) == (f"{place / weights}: {name} holds 2 {shown} of {D_IN * D_SAE} values")
+    assert line_of(sae_folder) == (
+        f"{sae_folder / weights}: {name} holds 2 {shown} of {D_IN * D_SAE} values"
+    )
 
 
 def test_nan_is_counted_before_the_decoder_is_scaled(tmp_path: Path) -> None:
-    place = write_dictionary(tmp_path / "t", "AutoEncoder")
-    change(place / "ae.pt", lambda t: void(t["decoder.weight"].view(-1)[:1].fill_(torch.nan)))
-    assert line_of(place) == f"{place / 'ae.pt'}: W_dec holds 1 NaN of {D_IN * D_SAE} values"
+    sae_folder = write_dictionary(tmp_path / "t", "AutoEncoder")
+    change(sae_folder / "ae.pt", lambda t: void(t["decoder.weight"].view(-1)[:1].fill_(torch.nan)))
+    assert (
+        line_of(sae_folder) == f"{sae_folder / 'ae.pt'}: W_dec holds 1 NaN of {D_IN * D_SAE} values"
+    )
 
 
 @EVERY
 def test_a_decoder_of_zeros(form: str, tmp_path: Path) -> None:
     write, weights, decoder, _ = FORMATS[form]
-    place = write(tmp_path)
-    change(place / weights, lambda tensors: void(tensors[decoder].zero_()))
-    assert line_of(place) == f"{place / weights}: all {D_IN * D_SAE} values of W_dec are 0"
+    sae_folder = write(tmp_path)
+    change(sae_folder / weights, lambda tensors: void(tensors[decoder].zero_()))
+    assert (
+        line_of(sae_folder) == f"{sae_folder / weights}: all {D_IN * D_SAE} values of W_dec are 0"
+    )
 
 
 @EVERY
 def test_a_few_decoder_rows_of_zeros_are_dead_latents(form: str, tmp_path: Path) -> None:
     write, weights, decoder, _ = FORMATS[form]
-    place = write(tmp_path)
+    sae_folder = write(tmp_path)
 
     def kill(tensors: dict[str, Tensor]) -> None:
         turned = tensors[decoder].shape[0] != D_SAE
         (tensors[decoder].T if turned else tensors[decoder])[:3] = 0
 
-    change(place / weights, kill)
-    assert bool((saexp.load_sae(place).W_dec[:3] == 0).all())
+    change(sae_folder / weights, kill)
+    assert bool((saexp.load_sae(sae_folder).W_dec[:3] == 0).all())
 
 
 @EVERY
@@ -74,67 +80,69 @@ def test_a_few_decoder_rows_of_zeros_are_dead_latents(form: str, tmp_path: Path)
 )
 def test_other_types_are_not_converted(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
     write, weights, decoder, _ = FORMATS[form]
-    place = write(tmp_path)
+    sae_folder = write(tmp_path)
 
     def convert(tensors: dict[str, Tensor]) -> None:
         tensors[decoder] = tensors[decoder].to(dtype)
 
-    change(place / weights, convert)
+    change(sae_folder / weights, convert)
     shown = str(dtype).removeprefix("torch.")
     accepted = "float16, bfloat16, float32, float64"
     name = "W_dec" if form == "Gemma Scope" else decoder
-    assert line_of(place) == (
-        f"{place / weights}: {name} is stored as {shown}; saexp reads {accepted}"
+    assert line_of(sae_folder) == (
+        f"{sae_folder / weights}: {name} is stored as {shown}; saexp reads {accepted}"
     )
 
 
 def test_eight_bit_floats_are_not_converted(tmp_path: Path) -> None:
-    place = sound_saelens(tmp_path)
+    sae_folder = sound_saelens(tmp_path)
     change(
-        place / "sae_weights.safetensors",
+        sae_folder / "sae_weights.safetensors",
         lambda t: t.update(W_enc=t["W_enc"].to(torch.float8_e4m3fn)),
     )
-    assert "W_enc is stored as float8_e4m3fn; saexp reads float16" in line_of(place)
+    assert "W_enc is stored as float8_e4m3fn; saexp reads float16" in line_of(sae_folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_floats_of_other_sizes_are_read(dtype: torch.dtype, tmp_path: Path) -> None:
-    place = sound_saelens(tmp_path)
-    file = place / "sae_weights.safetensors"
+    sae_folder = sound_saelens(tmp_path)
+    file = sae_folder / "sae_weights.safetensors"
     change(file, lambda t: t.update({n: v.to(dtype) for n, v in t.items()}))
-    assert saexp.load_sae(place).W_dec.dtype == torch.float32
+    assert saexp.load_sae(sae_folder).W_dec.dtype == torch.float32
     change(file, lambda t: void(t["b_enc"][1:2].fill_(torch.nan)))
-    assert line_of(place) == f"{file}: b_enc holds 1 NaN of {D_SAE} values"
+    assert line_of(sae_folder) == f"{file}: b_enc holds 1 NaN of {D_SAE} values"
 
 
 def test_sums_that_overflow_are_no_infinities() -> None:
     p = parameters("standard")
     p["b_enc"] = torch.full((D_SAE,), 3e38)
-    made = SparseAutoencoder(p, SAESettings(architecture="standard", hookpoint=sae().hookpoint))
-    assert float(made.b_enc.max()) < torch.inf
+    autoencoder = SparseAutoencoder(
+        p, SAESettings(architecture="standard", hookpoint=sae().hookpoint)
+    )
+    assert float(autoencoder.b_enc.max()) < torch.inf
     p["b_enc"] = torch.full((D_SAE,), 6e4, dtype=torch.float16)
     SparseAutoencoder(p, SAESettings(architecture="standard", hookpoint=sae().hookpoint))
 
 
 def test_numbers_that_the_dtype_asked_for_does_not_hold(tmp_path: Path) -> None:
-    place = sound_saelens(tmp_path)
-    file = place / "sae_weights.safetensors"
+    sae_folder = sound_saelens(tmp_path)
+    file = sae_folder / "sae_weights.safetensors"
     change(file, lambda t: void(t["b_enc"][:1].fill_(1e6)))
-    cfg = SAEConfig(name="mine", loader="path", path=str(place), dtype="float16")
+    cfg = SAEConfig(name="mine", loader="path", path=str(sae_folder), dtype="float16")
     message = rf"{file} in float16: b_enc holds 1 Inf of {D_SAE} values"
     with pytest.raises(SAEError, match=message):
         build("sae", cfg)
-    assert float(saexp.load_sae(place).b_enc[0]) == 1e6
+    assert float(saexp.load_sae(sae_folder).b_enc[0]) == 1e6
 
 
 @pytest.mark.parametrize(("d_in", "d_sae"), [(0, D_SAE), (D_IN, 0)])
 def test_empty_tensors(d_in: int, d_sae: int, tmp_path: Path) -> None:
-    place = write_saelens(
+    sae_folder = write_saelens(
         tmp_path / "sae",
         {"metadata": {"hook_name": HOOK_NAME}},
         parameters("standard", d_in, d_sae),
     )
-    assert line_of(place).endswith(f"W_enc has shape [{d_in}, {d_sae}]: no values")
+    assert line_of(sae_folder).endswith(f"W_enc has shape [{d_in}, {d_sae}]: no values")
 
 
 @pytest.mark.parametrize("k", [D_SAE + 1, -1])
@@ -153,8 +161,8 @@ def test_impossible_scaling_factors(factor: float) -> None:
 @pytest.mark.parametrize("damage", ["truncated", "longer", "garbage", "empty", "header"])
 def test_damaged_weights(form: str, damage: str, tmp_path: Path) -> None:
     write, weights, _, _ = FORMATS[form]
-    place = write(tmp_path)
-    content = (place / weights).read_bytes()
+    sae_folder = write(tmp_path)
+    content = (sae_folder / weights).read_bytes()
     damaged = {
         "truncated": content[: len(content) // 2],
         "longer": content + b"more",
@@ -162,11 +170,11 @@ def test_damaged_weights(form: str, damage: str, tmp_path: Path) -> None:
         "empty": b"",
         "header": b"\xff" * 12 + content[12:],
     }[damage]
-    (place / weights).write_bytes(damaged)
+    (sae_folder / weights).write_bytes(damaged)
     if damage == "longer" and form in ("Gemma Scope", "dictionary_learning"):
         # A zip archive is read from its end, which may have something behind it.
         return
-    assert line_of(place).startswith(f"{place / weights} is not a")
+    assert line_of(sae_folder).startswith(f"{sae_folder / weights} is not a")
 
 
 @pytest.mark.parametrize(
@@ -181,11 +189,11 @@ def test_damaged_weights(form: str, damage: str, tmp_path: Path) -> None:
     ],
 )
 def test_absurd_headers(header: Any, tmp_path: Path) -> None:
-    place = sound_saelens(tmp_path)
+    sae_folder = sound_saelens(tmp_path)
     text = json.dumps(header).encode()
-    file = place / "sae_weights.safetensors"
+    file = sae_folder / "sae_weights.safetensors"
     file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-    assert line_of(place).startswith(f"{file} is not a safetensors file (")
+    assert line_of(sae_folder).startswith(f"{file} is not a safetensors file (")
 
 
 @EVERY
@@ -194,15 +202,15 @@ def test_shapes_of_other_axes(form: str, shape: tuple[int, ...], tmp_path: Path)
     write, weights, decoder, _ = FORMATS[form]
     encoder = decoder.replace("dec", "enc", 1)
     for name in (decoder, encoder):
-        place = write(tmp_path / name)
+        sae_folder = write(tmp_path / name)
         own = "encoder.weight" if form == "sparsify" and name == encoder else name
 
         def reshape(tensors: dict[str, Tensor], own: str = own) -> None:
             assert own in tensors
             tensors[own] = torch.ones(shape)
 
-        change(place / weights, reshape)
-        assert f"has shape {list(shape)}, not" in line_of(place)
+        change(sae_folder / weights, reshape)
+        assert f"has shape {list(shape)}, not" in line_of(sae_folder)
 
 
 @pytest.mark.parametrize("shape", [(), (2, 3)])
@@ -211,24 +219,24 @@ def test_biases_of_other_shapes(shape: tuple[int, ...], tmp_path: Path) -> None:
         [("Gemma Scope", "b_dec"), ("Llama Scope", "encoder.bias"), ("SAELens", "b_enc")]
     ):
         write, weights, _, _ = FORMATS[form]
-        place = write(tmp_path / str(number))
-        change(place / weights, lambda t, name=name: t.update({name: torch.ones(shape)}))
-        assert "has shape" in line_of(place)
-    place = write_llama(tmp_path / "norms", sparsity_include_decoder_norm=True)
-    file = place / "checkpoints/final.safetensors"
+        sae_folder = write(tmp_path / str(number))
+        change(sae_folder / weights, lambda t, name=name: t.update({name: torch.ones(shape)}))
+        assert "has shape" in line_of(sae_folder)
+    sae_folder = write_llama(tmp_path / "norms", sparsity_include_decoder_norm=True)
+    file = sae_folder / "checkpoints/final.safetensors"
     change(file, lambda t: t.update({"encoder.bias": torch.ones(shape)}))
-    assert "these shapes do not fit together: encoder.weight [40, 12], enc" in line_of(place)
+    assert "these shapes do not fit together: encoder.weight [40, 12], enc" in line_of(sae_folder)
 
 
 def test_objects_and_names_in_a_pickle(tmp_path: Path) -> None:
-    place = write_dictionary(tmp_path / "t", "AutoEncoder", tensors={1: torch.ones(2)})
-    assert "it holds other objects too" in line_of(place)
+    sae_folder = write_dictionary(tmp_path / "t", "AutoEncoder", tensors={1: torch.ones(2)})
+    assert "it holds other objects too" in line_of(sae_folder)
     tensors = dictionary("AutoEncoderTopK") | {"k": torch.tensor(-3)}
-    place = write_dictionary(tmp_path / "k", "AutoEncoderTopK", tensors=tensors)
-    assert "k in its weights is -3, not a positive integer" in line_of(place)
+    sae_folder = write_dictionary(tmp_path / "k", "AutoEncoderTopK", tensors=tensors)
+    assert "k in its weights is -3, not a positive integer" in line_of(sae_folder)
     tensors = dictionary("AutoEncoderTopK") | {"b_dec": torch.ones(D_IN).to_sparse()}
-    place = write_dictionary(tmp_path / "sparse", "AutoEncoderTopK", tensors=tensors)
-    assert "b_dec is sparse or quantized, not a plain tensor" in line_of(place)
+    sae_folder = write_dictionary(tmp_path / "sparse", "AutoEncoderTopK", tensors=tensors)
+    assert "b_dec is sparse or quantized, not a plain tensor" in line_of(sae_folder)
 
 
 class Hostile:
@@ -243,10 +251,14 @@ class Hostile:
 
 def test_hostile_pickles_are_not_run(tmp_path: Path) -> None:
     proof = tmp_path / "it ran"
-    place = write_dictionary(tmp_path / "t", "AutoEncoder", tensors={"bias": Hostile(proof)})
-    assert line_of(place).startswith(f"{place / 'ae.pt'} is not a plain file of tensors (")
-    (place / "ae.pt").write_bytes(pickle.dumps(Hostile(proof)))
-    assert line_of(place).startswith(f"{place / 'ae.pt'} is not a plain file of tensors (")
+    sae_folder = write_dictionary(tmp_path / "t", "AutoEncoder", tensors={"bias": Hostile(proof)})
+    assert line_of(sae_folder).startswith(
+        f"{sae_folder / 'ae.pt'} is not a plain file of tensors ("
+    )
+    (sae_folder / "ae.pt").write_bytes(pickle.dumps(Hostile(proof)))
+    assert line_of(sae_folder).startswith(
+        f"{sae_folder / 'ae.pt'} is not a plain file of tensors ("
+    )
     assert not proof.exists()
     np.savez(tmp_path / "params.npz", W_enc=np.array([Hostile(proof)], dtype=object))
     with pytest.raises(SAEError, match="is not an npz file of plain arrays"):

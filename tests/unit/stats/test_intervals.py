@@ -38,23 +38,23 @@ def test_newcombes_hybrid_of_wilson_limits_is_as_published(
     """Newcombe 1998a, table II, method 10."""
     k_first, n_first, k_second, n_second = counts
     limits = wilson(k_first, n_first), wilson(k_second, n_second)
-    found = mover(k_first / n_first, limits[0], k_second / n_second, limits[1])
-    assert float(found.low) == pytest.approx(low, abs=6e-5)
-    assert float(found.high) == pytest.approx(high, abs=6e-5)
+    interval = mover(k_first / n_first, limits[0], k_second / n_second, limits[1])
+    assert float(interval.low) == pytest.approx(low, abs=6e-5)
+    assert float(interval.high) == pytest.approx(high, abs=6e-5)
 
 
 def test_paired_difference_of_independent_outcomes_is_the_hybrid() -> None:
     """phi is 0 where a d = b c."""
-    found = paired_difference_interval(18, 12, 12, 8)
+    interval = paired_difference_interval(18, 12, 12, 8)
     expected = mover(0.6, wilson(30, 50), 0.6, wilson(30, 50))
-    assert found == pytest.approx((float(expected.low), float(expected.high)), abs=1e-12)
+    assert interval == pytest.approx((float(expected.low), float(expected.high)), abs=1e-12)
 
 
 def test_auroc_interval_solves_its_equation() -> None:
     """At a limit, the distance to the estimate is z standard errors there (Newcombe's eq. 5)."""
     m, n, z = 30, 50, stats.norm.isf(0.025)
-    found = auroc_interval(np.array([0.2, 0.5, 0.93]), m, n)
-    for limit in found:
+    interval = auroc_interval(np.array([0.2, 0.5, 0.93]), m, n)
+    for limit in interval:
         q1, q2 = limit / (2 - limit), 2 * limit**2 / (1 + limit)
         extra = (m + n) / 2 - 1
         hanley_mcneil = limit * (1 - limit) + extra * (q1 - limit**2) + extra * (q2 - limit**2)

@@ -42,18 +42,18 @@ def test_a_ratio_equals_a_plain_loop(n_cells: int) -> None:
     for part in members:
         assert (drawn[:, part].sum(1) == len(part)).all()
     expected = plain_loop(SUMS, SIZES, drawn, cells)
-    found = ratio_interval(SUMS[:, None], SIZES[:, None], 7, cells=cells, n_resamples=300)
-    np.testing.assert_allclose([side[0] for side in found], expected, rtol=1e-9)
+    interval = ratio_interval(SUMS[:, None], SIZES[:, None], 7, cells=cells, n_resamples=300)
+    np.testing.assert_allclose([side[0] for side in interval], expected, rtol=1e-9)
 
 
 def test_a_mean_is_the_ratio_to_the_number_of_units() -> None:
-    found = mean_interval(SUMS[:, None], 3)
+    interval = mean_interval(SUMS[:, None], 3)
     fives = ratio_interval(5 * SUMS[:, None], np.full((25, 1), 5.0), 3)
-    np.testing.assert_allclose(found, fives)
+    np.testing.assert_allclose(interval, fives)
     per_column = ratio_interval(np.stack([SUMS, -SUMS], axis=1), np.ones((25, 2)), 3)
-    np.testing.assert_allclose(per_column[0], [found[0][0], -found[1][0]])
+    np.testing.assert_allclose(per_column[0], [interval[0][0], -interval[1][0]])
     opposite = ratio_interval(-SUMS[:, None], -np.ones((25, 1)), 3)
-    np.testing.assert_allclose(opposite, found)
+    np.testing.assert_allclose(opposite, interval)
 
 
 def test_chunks_of_columns_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,8 +71,8 @@ def test_what_has_no_interval() -> None:
     # A sum near 0 has either sign in many resamples, so its ratio has no limits.
     near = RNG.normal(size=25)
     unsigned = ratio_interval(SUMS[:, None], (near - near.mean() + 1e-3)[:, None], 0)
-    for found in (few, without, constant, nothing, unsigned):
-        assert np.isnan(found).all()
+    for interval in (few, without, constant, nothing, unsigned):
+        assert np.isnan(interval).all()
 
 
 @pytest.mark.parametrize("gap", [0.0, 7.3])

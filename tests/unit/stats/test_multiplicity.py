@@ -15,9 +15,9 @@ P_VALUES = arrays.arrays(np.float64, st.integers(1, 40), elements=st.floats(0, 1
 
 @given(P_VALUES)
 def test_benjamini_hochberg(p_values: np.ndarray) -> None:
-    found = benjamini_hochberg(p_values)
-    np.testing.assert_allclose(found, multipletests(p_values, method="fdr_bh")[1], atol=1e-15)
-    np.testing.assert_allclose(found, stats.false_discovery_control(p_values), atol=1e-15)
+    adjusted = benjamini_hochberg(p_values)
+    np.testing.assert_allclose(adjusted, multipletests(p_values, method="fdr_bh")[1], atol=1e-15)
+    np.testing.assert_allclose(adjusted, stats.false_discovery_control(p_values), atol=1e-15)
 
 
 def test_benjamini_hochberg_of_nothing() -> None:
@@ -34,17 +34,17 @@ def test_holm_equals_statsmodels(n: int) -> None:
 
 @given(P_VALUES)
 def test_holm_equals_a_plain_loop(p_values: np.ndarray) -> None:
-    found = holm(p_values)
+    adjusted = holm(p_values)
     largest = 0.0
     for i, at in enumerate(sorted(range(len(p_values)), key=lambda k: p_values[k])):
         largest = max(largest, min(1.0, (len(p_values) - i) * p_values[at]))
-        assert found[at] == pytest.approx(largest)
+        assert adjusted[at] == pytest.approx(largest)
 
 
 def test_holm_leaves_out_what_was_not_tested() -> None:
-    found = holm(np.array([np.nan, 0.03, 0.01, np.nan]))
-    assert np.isnan(found[[0, 3]]).all()
-    assert found[1:3].tolist() == [0.03, 0.02]
+    adjusted = holm(np.array([np.nan, 0.03, 0.01, np.nan]))
+    assert np.isnan(adjusted[[0, 3]]).all()
+    assert adjusted[1:3].tolist() == [0.03, 0.02]
     assert np.isnan(holm(np.full(3, np.nan))).all()
     assert holm(np.empty(0)).shape == (0,)
 
@@ -56,7 +56,7 @@ def test_holm_bounds_the_familywise_error_beside_a_true_effect() -> None:
     z = np.sqrt(0.3) * shared + np.sqrt(0.7) * own
     z[:, 0] += 5
     p = 2 * stats.norm.sf(np.abs(z))
-    found = np.stack([holm(row) for row in p])
-    wrong = (found[:, 1:] <= 0.05).any(1).mean()
+    adjusted = np.stack([holm(row) for row in p])
+    wrong = (adjusted[:, 1:] <= 0.05).any(1).mean()
     assert 0.02 < wrong <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 2000)
     assert (p[:, 1:] <= 0.05).any(1).mean() > 0.2, "uncorrected, there would be many"

@@ -14,8 +14,8 @@ def test_noether_of_large_groups() -> None:
     for n_first, n_second in ((5000, 5000), (2000, 8000)):
         n, c = n_first + n_second, n_first / (n_first + n_second)
         expected = 0.5 + quantiles / np.sqrt(12 * c * (1 - c) * n)
-        found = detectable_auroc([(n_first, n_second)], 0.05)
-        assert found == pytest.approx(expected, abs=0.001)
+        detectable = detectable_auroc([(n_first, n_second)], 0.05)
+        assert detectable == pytest.approx(expected, abs=0.001)
 
 
 def test_equal_strata_detect_nearly_what_one_sample_of_their_size_does() -> None:

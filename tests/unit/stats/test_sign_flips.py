@@ -10,8 +10,8 @@ from saexp.stats.significance import sign_flip_p_values
 @pytest.mark.parametrize(("n", "tolerance"), [(7, 1e-12), (25, 0.02)])
 def test_they_equal_scipys(n: int, tolerance: float) -> None:
     values = np.random.default_rng(4).normal(0.25, 1.0, size=(n, 3))
-    found = sign_flip_p_values(values, seed=0)
-    for column, p in zip(values.T, found, strict=True):
+    p_values = sign_flip_p_values(values, seed=0)
+    for column, p in zip(values.T, p_values, strict=True):
         wanted = stats.permutation_test(
             (column,),
             np.mean,

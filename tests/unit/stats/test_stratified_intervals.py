@@ -9,8 +9,8 @@ from saexp.stats import MIN_GROUP, auroc_interval, auroc_p_value, mover, separat
 
 def test_one_stratum_is_newcombes_method_5() -> None:
     values = np.array([0.0, 0.2, 0.5, 0.93, 1.0])
-    found = auroc_interval(values, np.array([30]), np.array([50]), np.ones(1))
-    np.testing.assert_array_equal(found, auroc_interval(values, 30, 50))
+    interval = auroc_interval(values, np.array([30]), np.array([50]), np.ones(1))
+    np.testing.assert_array_equal(interval, auroc_interval(values, 30, 50))
 
 
 def test_the_stratified_interval_solves_its_equation() -> None:
@@ -38,13 +38,13 @@ def test_a_larger_estimated_variance_widens_the_interval() -> None:
 def test_a_separation_far_from_0_and_1_is_newcombes_hybrid() -> None:
     one = np.ones(1)
     sizes = np.array([70]), np.array([80])
-    found = separation_interval(np.array([0.8]), np.array([0.6]), *sizes, one)
+    interval = separation_interval(np.array([0.8]), np.array([0.6]), *sizes, one)
     expected = mover(0.8, wilson(56, 70), 0.6, wilson(48, 80))
-    np.testing.assert_allclose(np.ravel(found), np.ravel(expected))
+    np.testing.assert_allclose(np.ravel(interval), np.ravel(expected))
     # Equal strata with equal weights count as one sample of all units.
     halves = np.array([35, 35]), np.array([40, 40])
     again = separation_interval(np.array([0.8]), np.array([0.6]), *halves, np.full(2, 0.5))
-    np.testing.assert_allclose(again, found)
+    np.testing.assert_allclose(again, interval)
 
 
 def test_next_to_0_the_limit_is_the_poisson_one() -> None:
@@ -64,8 +64,8 @@ def test_small_groups_have_no_interval() -> None:
     for sizes in ((MIN_GROUP - 1, 50), (50, MIN_GROUP - 1)):
         assert np.isnan(auroc_interval(np.array([0.7, 1.0]), *sizes)).all()
         n = [np.array([size]) for size in sizes]
-        found = separation_interval(np.array([0.7]), np.array([0.2]), n[0], n[1], np.ones(1))
-        assert np.isnan(found).all()
+        interval = separation_interval(np.array([0.7]), np.array([0.2]), n[0], n[1], np.ones(1))
+        assert np.isnan(interval).all()
     assert np.isfinite(auroc_interval(1.0, MIN_GROUP, MIN_GROUP)).all()
 
 
@@ -74,6 +74,6 @@ def test_a_p_value_is_where_the_interval_reaches_chance(auroc: float) -> None:
     first, second, weights = np.array([8, 20]), np.array([12, 6]), np.array([0.3, 0.7])
     for variance in (0.0, 0.03):
         p_value = auroc_p_value(auroc, first, second, weights, variance)
-        found = auroc_interval(auroc, first, second, weights, variance, 1 - p_value)
-        assert min(abs(float(limit) - 0.5) for limit in found) < 1e-6
+        interval = auroc_interval(auroc, first, second, weights, variance, 1 - p_value)
+        assert min(abs(float(limit) - 0.5) for limit in interval) < 1e-6
     assert np.isnan(auroc_p_value(auroc, np.array([9]), np.array([90]), np.ones(1)))

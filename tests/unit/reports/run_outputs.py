@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 
-class Said(NamedTuple):
+class CommandResult(NamedTuple):
     """What a command said, and where a sweep with hydra.sweep.dir=sweep is."""
 
     code: int
@@ -25,7 +25,7 @@ class Said(NamedTuple):
     sweep: Path
 
 
-def command(folder: Path, *words: str) -> Said:
+def command(folder: Path, *words: str) -> CommandResult:
     """`python -m saexp` with `folder` as the current one."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
@@ -35,7 +35,7 @@ def command(folder: Path, *words: str) -> Said:
             runpy.run_module("saexp", run_name="__main__")
         except SystemExit as stop:
             code = int(stop.code or 0)
-    return Said(code, out.getvalue(), err.getvalue(), folder / "sweep")
+    return CommandResult(code, out.getvalue(), err.getvalue(), folder / "sweep")
 
 
 def table_of(sweep: Path) -> pd.DataFrame:
@@ -95,11 +95,11 @@ def _whole_wandb_run(file: Path) -> dict[str, Any]:
     began = time.monotonic()
     while True:
         try:
-            found = _wandb_run(file)
+            logged = _wandb_run(file)
         except DecodeError:
-            found = {}
-        if "exit_code" in found or time.monotonic() - began > 20:
-            return found
+            logged = {}
+        if "exit_code" in logged or time.monotonic() - began > 20:
+            return logged
         time.sleep(0.05)
 
 
@@ -107,35 +107,35 @@ def _wandb_run(file: Path) -> dict[str, Any]:
     """What a run's file holds: `keys` of all numbers, `history` (a row per point), `summary`,
     `config`, `axes` (metric or group -> its step metric), `artifacts`, and how the run is called.
     """
-    found: dict[str, Any] = {"keys": set(), "history": [], "summary": {}, "config": {}}
-    found |= {"axes": {}, "artifacts": [], "used": []}
+    logged: dict[str, Any] = {"keys": set(), "history": [], "summary": {}, "config": {}}
+    logged |= {"axes": {}, "artifacts": [], "used": []}
     for record in _records(file):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run = record.run
-            found |= {"group": run.run_group, "job_type": run.job_type, "name": run.display_name}
-            found |= {"id": run.run_id, "project": run.project, "tags": list(run.tags)}
-            found |= {"notes": run.notes}
-            found["config"] |= {i.key: json.loads(i.value_json) for i in run.config.update}
+            logged |= {"group": run.run_group, "job_type": run.job_type, "name": run.display_name}
+            logged |= {"id": run.run_id, "project": run.project, "tags": list(run.tags)}
+            logged |= {"notes": run.notes}
+            logged["config"] |= {i.key: json.loads(i.value_json) for i in run.config.update}
         elif kind == "config":
-            found["config"] |= {i.key: json.loads(i.value_json) for i in record.config.update}
+            logged["config"] |= {i.key: json.loads(i.value_json) for i in record.config.update}
         elif kind == "exit":
-            found["exit_code"] = record.exit.exit_code
+            logged["exit_code"] = record.exit.exit_code
         elif kind == "metric" and record.metric.step_metric:
             name = record.metric.glob_name or record.metric.name
-            found["axes"][name] = record.metric.step_metric
+            logged["axes"][name] = record.metric.step_metric
         elif kind == "artifact":
-            found["artifacts"].append(record.artifact)
+            logged["artifacts"].append(record.artifact)
         elif kind == "use_artifact":
-            found["used"].append(record.use_artifact)
+            logged["used"].append(record.use_artifact)
         elif kind == "history":
-            found["history"].append(
+            logged["history"].append(
                 {_key(item): json.loads(item.value_json) for item in record.history.item}
             )
         for item in record.summary.update:
-            found["summary"][_key(item)] = json.loads(item.value_json)
-    found["keys"] = {key for row in found["history"] for key in row} | {*found["summary"]}
-    return found
+            logged["summary"][_key(item)] = json.loads(item.value_json)
+    logged["keys"] = {key for row in logged["history"] for key in row} | {*logged["summary"]}
+    return logged
 
 
 def _key(item: Any) -> str:
