@@ -325,13 +325,15 @@ def _parts(
     for group in groups_of(done):
         sentences.append(_best_sentence(done, group))
     sentences += probe_findings(done)
-    found = (sentences, ("over_layers", "over_width", "pareto", "probes"))
-    caused = ([] if effects is None else effect_findings(effects), ("over_coefficient",))
+    contrast = (sentences, ("over_layers", "over_width", "pareto", "probes"))
+    causal = ([] if effects is None else effect_findings(effects), ("over_coefficient",))
     best = _best_of_search(done, plan)
     if best is None:
-        return [found, caused]
+        return [contrast, causal]
     objective = str(plan["search"]["objective"])
-    parts = [caused, found] if objective.startswith("effect/") and caused[0] else [found, caused]
+    parts = [contrast, causal]
+    if objective.startswith("effect/") and causal[0]:
+        parts.reverse()
     parts[0][0].insert(0, _search_sentence(done, best, plan["search"]))
     return parts
 
@@ -353,9 +355,10 @@ def _search_sentence(done: pd.DataFrame, best: pd.Series, about: Mapping[str, An
     keys = swept(done)
     where = cell_place(best, keys) if "coefficient" in keys else cell_words(best, keys)
     largest = "smallest" if about.get("direction") == "minimize" else "largest"
-    n = int(done[name].notna().sum())
+    n_missing = int(done[name].isna().sum())
+    missing = f" ({n_missing} without a value)" if n_missing else ""
     return (
-        f"Of {counted(n, 'cell')} of the search, cell {best['cell']} has the {largest} {name}: "
+        f"Of {counted(len(done), 'cell')} of the search{missing}, cell {best['cell']} has the {largest} {name}: "
         f"{float(best[name]):.3f}{interval_words(low, high)} at {where}. The cell was chosen by "
         "this value, so it is optimistic."
     )

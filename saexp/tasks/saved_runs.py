@@ -157,11 +157,11 @@ def keys_of_folder(folder: Path) -> tuple[Keys, list[str]]:
     if not is_run and not _is_sweep(folder):
         below = sorted({f.parent for f in folder.rglob(SWEEP_PLAN)})
         below = below or sorted({f.parent for f in folder.rglob(METRICS)})
-        found = f"below it: {counted(len(below), 'sweep or run', 'sweeps or runs')}"
+        listed = f"below it: {counted(len(below), 'sweep or run', 'sweeps or runs')}"
         example = f"task.path={below[-1]}" if below else "task.path=outputs/sweeps/…"
         raise ConfigError(
             f"task.path={folder} is neither a sweep nor a run with results; "
-            f"{f'{found}; ' if below else ''}type the folder of one, such as {example}"
+            f"{f'{listed}; ' if below else ''}type the folder of one, such as {example}"
         )
     if not cells:
         raise ConfigError(f"task.path={folder}: no cell of the sweep has results; run it again")

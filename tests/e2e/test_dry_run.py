@@ -101,11 +101,11 @@ def test_finished_cells_and_stored_texts_cost_nothing(swept: CommandResult, fold
 
 
 def test_cells_without_a_layer_or_width_fail_with_their_line(folder: Path) -> None:
-    said = plan(folder, "-m", "layer=9,3", "width=256,333", *SMALL)
-    assert "dry run: 4 cells, 1 to run" in said.out
-    assert "  0 layer=9 width=256: fails: layer=9 is out of range: tiny has layers" in said.out
-    assert "  3 layer=3 width=333: fails: sae=tiny has no width=333 for tiny; it has" in said.out
-    assert "time: at most " in said.out
+    result = plan(folder, "-m", "layer=9,3", "width=256,333", *SMALL)
+    assert "dry run: 4 cells, 1 to run" in result.out
+    assert "  0 layer=9 width=256: fails: layer=9 is out of range: tiny has layers" in result.out
+    assert "  3 layer=3 width=333: fails: sae=tiny has no width=333 for tiny; it has" in result.out
+    assert "time: at most " in result.out
 
 
 def test_one_run_can_be_planned_too(folder: Path) -> None:

@@ -149,13 +149,13 @@ def test_a_workspace_is_of_one_sweep_and_says_what_w_and_b_lacks(
     folder: Path, swept: CommandResult, tmp_path: Path
 ) -> None:
     words = ["task=workspace", "dry_run=true", f"hydra.run.dir={tmp_path}"]
-    said = command(folder, *words, "path=.")
-    assert said.code == 1
-    (line,) = said.err.splitlines()[-1:]
+    result = command(folder, *words, "path=.")
+    assert result.code == 1
+    (line,) = result.err.splitlines()[-1:]
     assert (
         "task.path=. is neither a sweep nor a run with results; below it: 1 sweep or run;" in line
     )
     assert line.endswith("type the folder of one, such as task.path=sweep")
-    said = command(folder, *words, f"path={swept.sweep.name}")
-    assert said.code == 0, said.err
-    assert "note: sweep was recorded with tracker=none, so that W&B has no run" in said.out
+    result = command(folder, *words, f"path={swept.sweep.name}")
+    assert result.code == 0, result.err
+    assert "note: sweep was recorded with tracker=none, so that W&B has no run" in result.out

@@ -46,7 +46,10 @@ def test_twelve_trials_find_the_best_cell_of_the_grid(tmp_path: Path) -> None:
     assert {t.value for t in trials(tmp_path) if t.value is not None} == {*values.dropna()}
     assert values.max() == oracle.max()
     best = int(table.loc[table[OBJECTIVE].idxmax(), "cell"])
-    sentence = f"Of 12 cells of the search, cell {best} has the largest {OBJECTIVE}: "
+    n_missing = values.isna().sum()
+    assert n_missing
+    sentence = f"Of 12 cells of the search ({n_missing} without a value), cell {best} has the "
+    sentence += f"largest {OBJECTIVE}: "
     assert sentence in search.out, search.out
     assert table.loc[table["is_best"], "cell"].tolist() == [best]
     plan = json.loads((tmp_path / "sweep/plan.json").read_text())
@@ -134,18 +137,18 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, words: list[str], message: st
 def test_a_damaged_study_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep/study.db").write_text("damaged")
-    said = command(tmp_path, *SEARCH, *AUROC)
-    assert said.code == 1
-    assert "sweep/study.db cannot be read (" in said.err.splitlines()[-1]
-    assert "Traceback" not in said.err
+    result = command(tmp_path, *SEARCH, *AUROC)
+    assert result.code == 1
+    assert "sweep/study.db cannot be read (" in result.err.splitlines()[-1]
+    assert "Traceback" not in result.err
 
 
 def test_a_search_typed_again_runs_the_cells_that_failed(tmp_path: Path) -> None:
     words = [*SEARCH, *AUROC, "layer=2,9", "width=256", "hydra.sweeper.n_trials=2"]
     for _ in range(2):
-        said = command(tmp_path, *words)
-        assert said.code == 1
-        assert said.err.count("failed: layer=9 is out of range") == 1
+        result = command(tmp_path, *words)
+        assert result.code == 1
+        assert result.err.count("failed: layer=9 is out of range") == 1
         assert sorted(table_of(tmp_path / "sweep")["status"]) == ["failed", "finished"]
     # Proposals of cells that were run already have none.
     cells = [t.user_attrs["cell"] for t in trials(tmp_path) if "cell" in t.user_attrs]

@@ -371,17 +371,17 @@ def test_mlflow_reads_back_what_a_run_records(
 
 
 class _Client:
-    """An MLflow client whose calls take `seconds` and fail, but for those in `taken`."""
+    """An MLflow client whose calls take `seconds` and fail, but for those in `accepted`."""
 
-    def __init__(self, seconds: float = 0.0, taken: tuple[str, ...] = ()) -> None:
-        self.seconds, self.taken = seconds, taken
+    def __init__(self, seconds: float = 0.0, accepted: tuple[str, ...] = ()) -> None:
+        self.seconds, self.accepted = seconds, accepted
         self.calls: list[tuple[Any, ...]] = []
 
     def __getattr__(self, name: str) -> Any:
-        def call(*arguments: Any, **named: Any) -> None:
-            self.calls.append((name, *arguments, *named.values()))
+        def call(*arguments: Any, **options: Any) -> None:
+            self.calls.append((name, *arguments, *options.values()))
             time.sleep(self.seconds)
-            if name not in self.taken:
+            if name not in self.accepted:
                 raise TimeoutError("no answer")
 
         return call
@@ -407,7 +407,7 @@ def test_after_a_call_that_hangs_mlflow_gets_nothing_but_the_end(tmp_path: Path)
 
 
 def test_after_a_record_that_mlflow_refuses_it_gets_the_others(tmp_path: Path) -> None:
-    client = _Client(taken=("log_artifact", "log_text", "set_terminated"))
+    client = _Client(accepted=("log_artifact", "log_text", "set_terminated"))
     record_all(Guarded({"mlflow": with_client(client)}), tmp_path)
     names = [call[0] for call in client.calls]
     assert names == ["log_table", "log_artifact", "log_text", "set_terminated"]

@@ -47,8 +47,8 @@ def test_24_texts_across_the_original_context_equal_plain_generate_of_single_row
     assert len(some) == 24
     wanted = [alone(name, row) for row in some]
     for batch_tokens in (10_000, 150):
-        found = generate(rope_lm(name), some, max_new_tokens=N_NEW, batch_tokens=batch_tokens)
-        assert found == wanted
+        generated = generate(rope_lm(name), some, max_new_tokens=N_NEW, batch_tokens=batch_tokens)
+        assert generated == wanted
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)

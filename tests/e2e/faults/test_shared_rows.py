@@ -88,8 +88,8 @@ def test_rows_of_a_killed_run_are_computed_by_the_other(undisturbed, tmp_path):
         time.sleep(0.02)
     runs[0].process.kill()
     n_before = n_stored(cache)
-    said = [run.wait() for run in runs]
-    assert [s.code for s in said] == [-signal.SIGKILL, 0], said
+    results = [run.wait() for run in runs]
+    assert [s.code for s in results] == [-signal.SIGKILL, 0], results
     assert_equal_results(tmp_path / "1" / "run", expected_folder)
     # What the killed run has stored is not computed again, nor anything twice.
-    assert n_rows - n_before - 250 <= sum(map(n_computed, said)) <= n_rows
+    assert n_rows - n_before - 250 <= sum(map(n_computed, results)) <= n_rows

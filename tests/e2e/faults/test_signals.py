@@ -117,8 +117,8 @@ def state(process: Path) -> str:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sweep of the cells that joblib's finishes, by the basic launcher."""
     folder = tmp_path_factory.mktemp("alone")
-    said = command(["-m", *SMALL, "layer=1,2", "hydra.sweep.dir=sweep"], folder)
-    assert said.code == 0, said.err[-2000:]
+    result = command(["-m", *SMALL, "layer=1,2", "hydra.sweep.dir=sweep"], folder)
+    assert result.code == 0, result.err[-2000:]
     return folder / "sweep"
 
 

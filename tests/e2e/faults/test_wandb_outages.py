@@ -92,11 +92,11 @@ class Runs:
 
     def session(self, mode: str, later: str | None, words: tuple[str, ...]) -> Ended:
         """What a run does with its tracker, and nothing else."""
-        place = self._new_folder()
+        folder = self._new_folder()
         with wandb_server(mode, later) as server:
-            process = process_of(("-c", SESSION, *words), place, environment(server))
-            said, waited = ended(process)
-            return Ended(said, place, waited, list(server.requests))
+            process = process_of(("-c", SESSION, *words), folder, environment(server))
+            result, waited = ended(process)
+            return Ended(result, folder, waited, list(server.requests))
 
     def _new_folder(self) -> Path:
         folder = self.folder / f"run{next(self._numbers)}"
@@ -124,13 +124,13 @@ run.finish(0)
 """
 
 
-def process_of(words: Sequence[str], place: Path, env: Mapping[str, str]) -> interpreters.Process:
+def process_of(words: Sequence[str], folder: Path, env: Mapping[str, str]) -> interpreters.Process:
     variables = {n: value for n, value in os.environ.items() if not n.startswith("WANDB_")}
-    return interpreters.Process(words, place, {**variables, **env})
+    return interpreters.Process(words, folder, {**variables, **env})
 
 
 def ended(process: interpreters.Process, limit: float = 240) -> tuple[CommandResult, float]:
-    """What a process said, and how many seconds of its time its main thread waited for something.
+    """What a process wrote, and how many seconds of its time its main thread waited for something.
 
     Computing, and being ready to while other processes have the cores, is not waiting. Systems
     other than Linux do not report it: there all of the time counts. Raises TimeoutError, and kills
@@ -182,18 +182,18 @@ def hints(result: CommandResult) -> list[str]:
 
 def check_outage(run: Ended, mode: str, least_waited: float) -> None:
     """It is a success that did not wait long, and its file for `wandb sync` is whole."""
-    said, place, waited, _ = run
-    assert said.code == 0, said
-    assert "Traceback" not in said.out + said.err
+    result, folder, waited, _ = run
+    assert result.code == 0, result
+    assert "Traceback" not in result.out + result.err
     assert waited < least_waited + WAITING_SECONDS
-    (hint,) = hints(said)
-    (file,) = (place / hint).glob("*.wandb")
+    (hint,) = hints(result)
+    (file,) = (folder / hint).glob("*.wandb")
     about = _wandb_run(file)
     assert about["exit_code"] == 0
     assert any(key.startswith("tables/latents") for key in about["keys"])
     assert "collection/n_rows" in about["summary"]
     assert "results" in [artifact.type for artifact in about["artifacts"]]
-    answers = (said.out + said.err).count("W&B does not answer")
+    answers = (result.out + result.err).count("W&B does not answer")
     assert answers == (mode != GOOD)
 
 

@@ -94,10 +94,10 @@ def test_a_query_without_a_shell_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("COMP_LINE", raising=False)
-    said = command(tmp_path, "-sc", "query=bash")
-    assert said.code == 1
-    assert said.err.startswith("saexp: -sc query= is for a shell")
-    assert len(said.err.splitlines()) == 1
+    result = command(tmp_path, "-sc", "query=bash")
+    assert result.code == 1
+    assert result.err.startswith("saexp: -sc query= is for a shell")
+    assert len(result.err.splitlines()) == 1
 
 
 def test_every_group_of_the_configs_is_one_of_runs() -> None:

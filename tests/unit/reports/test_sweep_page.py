@@ -174,7 +174,7 @@ def test_the_best_cell_of_a_search_is_on_the_first_screen_and_in_the_table(tmp_p
         rows = effect("known", number + 1, value, 0.1, 0.2, p=0.01, chosen=True)
         metrics = {name: value} | contrast("known", 3, train=0.8, test=0.7)
         cell(tmp_path, number, *cells[-1], metrics=metrics, effects=rows, objective=name)
-    for direction, largest, best, place in (
+    for direction, largest, best, words in (
         ("maximize", "largest", 2, "0.800 at layer 1, coefficient 3"),
         ("minimize", "smallest", 1, "0.200 at layer 2, coefficient 2"),
     ):
@@ -182,7 +182,7 @@ def test_the_best_cell_of_a_search_is_on_the_first_screen_and_in_the_table(tmp_p
         write_json(tmp_path / "plan.json", plan)
         table, figures = write_sweep(tmp_path)
         sentence = (
-            f"Of 3 cells of the search, cell {best} has the {largest} {name}: {place}. The cell "
+            f"Of 3 cells of the search, cell {best} has the {largest} {name}: {words}. The cell "
             "was chosen by this value, so it is optimistic."
         )
         assert findings(table, tmp_path)[0] == sentence
