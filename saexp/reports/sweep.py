@@ -330,9 +330,8 @@ def _parts(
     best = _best_of_search(done, plan)
     if best is None:
         return [contrast, causal]
-    objective = str(plan["search"]["objective"])
     parts = [contrast, causal]
-    if objective.startswith("effect/") and causal[0]:
+    if str(plan["search"]["objective"]).startswith("effect/") and causal[0]:
         parts.reverse()
     parts[0][0].insert(0, _search_sentence(done, best, plan["search"]))
     return parts
@@ -356,9 +355,10 @@ def _search_sentence(done: pd.DataFrame, best: pd.Series, about: Mapping[str, An
     where = cell_place(best, keys) if "coefficient" in keys else cell_words(best, keys)
     largest = "smallest" if about.get("direction") == "minimize" else "largest"
     n_missing = int(done[name].isna().sum())
-    missing = f" ({n_missing} without a value)" if n_missing else ""
+    cells = counted(len(done), "cell") + " of the search"
+    cells += f" ({n_missing} without a value)" if n_missing else ""
     return (
-        f"Of {counted(len(done), 'cell')} of the search{missing}, cell {best['cell']} has the {largest} {name}: "
+        f"Of {cells}, cell {best['cell']} has the {largest} {name}: "
         f"{float(best[name]):.3f}{interval_words(low, high)} at {where}. The cell was chosen by "
         "this value, so it is optimistic."
     )

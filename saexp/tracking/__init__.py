@@ -66,7 +66,7 @@ class NullTracker(Recorder):
         name: str,
         job_type: str,
         group: str | None,
-        sweep: Path | None,
+        sweep: Path | None = None,
     ) -> None:
         """Open the run; `sweep` is the folder of the sweep that it belongs to."""
 
