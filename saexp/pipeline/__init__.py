@@ -286,7 +286,7 @@ class Session:
             inputs.texts, inputs.neutral_texts = (), ()
         if data.transfer is not None:
             latents, metrics = encoded(data.transfer, layer.sae, self.context.objects)
-            other = replace(layer, held=latents, metrics=metrics)
+            other = replace(layer, row_latents=latents, metrics=metrics)
             inputs.transfer = replace(self._inputs(other, data.transfer), groups=inputs.groups)
         result = analyzed(analyzer, self.cfg.analyzer, inputs, self.context.objects)
         check_result(result, f"analyzer={name}: analyze(inputs)")

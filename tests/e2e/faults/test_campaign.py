@@ -81,7 +81,7 @@ def test_the_campaign_notices_results_that_differ_and_work_that_is_done_again(sc
         del bench.undisturbed["labels"]
     cwd = bench.cwd(scripts.works.WORKS["labels"])
     finished = scripts.works.finished(cwd)
-    assert scripts.attempts.computed_again(finished, cwd, whole, whole.said).startswith(
+    assert scripts.attempts.computed_again(finished, cwd, whole, whole.result).startswith(
         f"{len(finished.rows)} rows computed, 0 were missing"
     )
     (cwd / "run" / "metrics.json").write_text("{}")

@@ -246,12 +246,13 @@ def test_a_sweep_waits_for_an_unreachable_server_once(started: Callable[..., End
     assert sorted(folder.glob(hint)) == sorted(offline)
 
 
-def test_offline_by_configuration_gives_no_hint(started: Callable[..., Ended]) -> None:
+def test_offline_by_configuration_asks_no_server(started: Callable[..., Ended]) -> None:
     result, folder, _, requests = started(HANG, None, ("offline",))
     assert result.code == 0, result
     assert requests == []
-    assert not hints(result)
-    assert len(recorded(folder)) == 1
+    assert "this run is recorded offline; to upload it type" in result.err
+    (hint,) = hints(result)
+    assert [file.parent for file in recorded(folder)] == [folder / hint]
 
 
 LOGGING = """
