@@ -155,8 +155,7 @@ class SavedRun:
     @cached_property
     def summary(self) -> pd.DataFrame | None:
         """Effects on the test split, which all claims rest on."""
-        table = self.effects_summary
-        if table is None or "split" not in table:
+        if (table := self.effects_summary) is None or "split" not in table:
             return table
         return table[table["split"] == "test"].reset_index(drop=True)
 
@@ -201,8 +200,7 @@ class SavedRun:
 
     @cached_property
     def _rates(self) -> set[str]:
-        effects = self.table("effects")
-        if effects is None:
+        if (effects := self.table("effects")) is None:
             return set()
         return {str(c) for c in effects if str(effects[c].dtype) in ("bool", "boolean")}
 
@@ -235,15 +233,13 @@ class SavedRun:
 
     def main_conditions(self) -> list[str]:
         """The conditions that sentences are about, in order."""
-        summary = self.summary
-        if summary is None:
+        if (summary := self.summary) is None:
             return []
         return list(summary.loc[summary["main"], "condition"].unique())
 
     def chosen_coefficient(self, condition: str) -> float | None:
         """The coefficient chosen on train prompts; None if only 0 was run or measured."""
-        summary = self.summary
-        assert summary is not None
+        assert (summary := self.summary) is not None
         chosen = summary[(summary["condition"] == condition) & summary["chosen"]]
         return float(chosen["coefficient"].iloc[0]) if len(chosen) else None
 
@@ -418,9 +414,9 @@ def cell_words(row: pd.Series, keys: list[str]) -> str:
     return ", ".join(f"{k} {row[k]}" for k in present)
 
 
-_NUMBERS = ["value", "ci_low", "ci_high", "n", "change", "controls_min", "controls_max"]
-_NUMBERS += ["p_controls", "p_floor", "gap_train"]
-POINT = ["coefficient", "chosen", "is_baseline", *_NUMBERS]
+RANGES = ["controls_min", "controls_max", "band_min", "band_max"]
+_NUMBERS = ["value", "ci_low", "ci_high", "n", "change", *RANGES, "p_controls", "p_floor"]
+POINT = ["coefficient", "chosen", "is_baseline", *_NUMBERS, "gap_train"]
 EFFECT = ["outcome", "intervention", "direction", "prompts", *POINT]
 """Columns of an effect; the others of the table say which cell it is of."""
 
@@ -431,7 +427,8 @@ def cell_effects(folder: Path, done: pd.DataFrame) -> pd.DataFrame:
     Values, intervals, p-values against controls and the matched controls' range are of the test
     split; `gap_train` is, on train prompts, the size of the change less that of the most extreme
     control (NaN without train prompts), `chosen` marks the coefficient that the cell chose there,
-    `is_baseline` the value without intervention.
+    `is_baseline` the value without intervention. `band_min` and `band_max` are the range of the
+    controls that were measured at several coefficients, if there are such.
     """
     about = ["model", "sae", "dataset", "layer", "width", *line_keys(done, of_effects=True)]
     keys = list(dict.fromkeys(k for k in about if k != "intervention"))
@@ -454,6 +451,8 @@ def _effects_of_cell(summary: pd.DataFrame, controls: pd.DataFrame | None) -> li
     if controls is not None:
         matched = controls.loc[controls["matched"], "condition"]
         is_control &= summary["condition"].isin(matched)
+    is_curve = is_control & (summary.groupby("condition")["coefficient"].transform("nunique") > 1)
+    is_curve = is_curve if is_curve.any() else is_control
     by = ["split", "group", "of", "coefficient"]
     main = summary[summary["main"] & summary["role"].isin(["group", "single"])]
     test, train = (main[main["split"] == split] for split in ("test", "train"))
@@ -461,8 +460,10 @@ def _effects_of_cell(summary: pd.DataFrame, controls: pd.DataFrame | None) -> li
     is_baseline = (summary["role"] == "baseline") & (summary["split"] == "test")
     rows = []
     for outcome in outcomes:
-        of_controls = summary[is_control].groupby(by)[outcome]
-        lowest, highest = of_controls.min(), of_controls.max()
+        parts = [summary[rows_of].groupby(by)[outcome] for rows_of in (is_control, is_curve)]
+        ends = dict(
+            zip(RANGES, [e for part in parts for e in (part.min(), part.max())], strict=True)
+        )
         changes = summary.assign(size=summary[f"{outcome}_change"].abs())
         control_sizes = changes[is_control].groupby(by)["size"].max()
         sizes = dict(zip(of_train, train[f"{outcome}_change"].abs(), strict=True))
@@ -471,8 +472,7 @@ def _effects_of_cell(summary: pd.DataFrame, controls: pd.DataFrame | None) -> li
             numbers = {
                 "chosen": bool(row["chosen"]),
                 "change": row[f"{outcome}_change"],
-                "controls_min": lowest.get(("test", *key), np.nan),
-                "controls_max": highest.get(("test", *key), np.nan),
+                **{name: end.get(("test", *key), np.nan) for name, end in ends.items()},
                 "p_controls": row[f"{outcome}_p_controls"],
                 "p_floor": row[f"{outcome}_p_controls_floor"],
                 "gap_train": sizes.get(key, np.nan) - control_sizes.get(("train", *key), 0.0),

@@ -204,7 +204,7 @@ CAPTIONS = {
     "better.",
     "probes": CAPTION,
     "over_coefficient": "Outcome against the coefficient of the intervention, with 95 % intervals "
-    "over entities; bands span the matched controls.",
+    "over entities; bands span the matched controls that were measured at every coefficient.",
     "importance": "How much of the variance of {} over the cells each swept key explains by "
     "itself: the variance of the means per value as a share of the whole (main effects of the "
     "functional ANOVA; Hutter, Hoos and Leyton-Brown 2014). A long bar: it changes with "

@@ -214,7 +214,7 @@ def _effects(effects: pd.DataFrame) -> go.Figure:
                 figure.add_trace(trace, row=1, col=column)
             in_legend.add(label)
         figure.update_yaxes(title=outcome.replace("_", " "), row=1, col=column)
-        ends = panel[["value", "ci_low", "ci_high", "controls_min", "controls_max"]]
+        ends = panel[["value", "ci_low", "ci_high", "band_min", "band_max"]]
         if ends.min().min() >= 0 and ends.max().max() <= 1:
             figure.update_yaxes(range=[-0.03, 1.03], row=1, col=column)
     figure.update_xaxes(title="coefficient")
@@ -232,16 +232,16 @@ def _effect(line: pd.DataFrame, label: str, colour: str, *, is_first: bool) -> l
         line={"color": colour},
         error_y=error_bars(line["value"], line["ci_low"], line["ci_high"]),
     )
-    band = line.dropna(subset=["controls_min", "controls_max"])
+    band = line.dropna(subset=["band_min", "band_max"])
     if band.empty:
         return [curve]
     # Coefficient 0 changes nothing, whatever the direction.
-    unchanged = line[(line["coefficient"] == 0) & line["controls_min"].isna()]
-    unchanged = unchanged.assign(controls_min=unchanged["value"], controls_max=unchanged["value"])
+    unchanged = line[(line["coefficient"] == 0) & line["band_min"].isna()]
+    unchanged = unchanged.assign(band_min=unchanged["value"], band_max=unchanged["value"])
     band = pd.concat([unchanged, band]).sort_values("coefficient")
     controls = go.Scatter(
         x=[*band["coefficient"], *band["coefficient"][::-1]],
-        y=[*band["controls_max"], *band["controls_min"][::-1]],
+        y=[*band["band_max"], *band["band_min"][::-1]],
         name=f"{label}: matched controls",
         legendgroup=label,
         showlegend=False,

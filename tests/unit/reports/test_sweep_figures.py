@@ -218,6 +218,18 @@ def test_only_matched_controls_are_in_the_range(tmp_path: Path) -> None:
     assert effects_of(tmp_path)[["controls_min", "controls_max"]].to_numpy().tolist() == [[0.2] * 2]
 
 
+def test_bands_span_the_controls_of_all_coefficients_and_ranges_all_controls(
+    tmp_path: Path,
+) -> None:
+    rows = effect("unknown", 1, 0.2, low=0.1, high=0.2)
+    rows += effect("unknown", 2, 0.5, low=0.1, high=0.3, chosen=True)
+    extreme = {"condition": "unknown_group_control_9", "refusal": 0.9}
+    cell(tmp_path, 0, metrics={}, effects=[*rows, rows[-1] | extreme])
+    ranges = effects_of(tmp_path).set_index("coefficient")
+    assert ranges[["band_min", "band_max"]].to_numpy().tolist() == [[0.1, 0.2], [0.1, 0.3]]
+    assert ranges[["controls_min", "controls_max"]].to_numpy().tolist() == [[0.1, 0.2], [0.1, 0.9]]
+
+
 def test_a_row_is_reported_once_where_cells_share_a_coefficient(tmp_path: Path) -> None:
     for number in (1, 2):
         rows = effects(0.8, [0, number])
