@@ -203,8 +203,8 @@ CAPTIONS = {
     "pareto": "Trained SAEs on held-out texts: explained variance against L0; up and left is "
     "better.",
     "probes": CAPTION,
-    "over_coefficient": "Outcome against the coefficient of the intervention, with 95 % intervals "
-    "over entities; bands span the matched controls that were measured at every coefficient.",
+    "over_coefficient": "Outcome against the coefficient, with 95 % intervals over entities. Bands "
+    "span controls measured at every coefficient, dotted lines all those at the chosen one.",
     "importance": "How much of the variance of {} over the cells each swept key explains by "
     "itself: the variance of the means per value as a share of the whole (main effects of the "
     "functional ANOVA; Hutter, Hoos and Leyton-Brown 2014). A long bar: it changes with "

@@ -251,7 +251,19 @@ def _effect(line: pd.DataFrame, label: str, colour: str, *, is_first: bool) -> l
         line={"width": 0},
         hoverinfo="skip",
     )
-    return [controls, curve]
+    is_wider = (line["controls_max"] > line["band_max"]) | (line["controls_min"] < line["band_min"])
+    chosen = line[line["chosen"] & is_wider]
+    all_controls = go.Scatter(
+        x=np.repeat(chosen["coefficient"].to_numpy(), 3),
+        # Lines of several points are separated by gaps.
+        y=chosen.assign(gap=np.nan)[["controls_min", "controls_max", "gap"]].to_numpy().ravel(),
+        name=f"{label}: all controls at the chosen coefficient",
+        legendgroup=label,
+        showlegend=False,
+        mode="lines",
+        line={"color": colour, "width": 1.5, "dash": "dot"},
+    )
+    return [controls, *([all_controls] if len(chosen) else []), curve]
 
 
 class Node(NamedTuple):
