@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # The bytecode of tests and saexp is kept, so that each worker and process need not compile it anew.
 unit e2e: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: run real-model test check format lint types layers unit e2e pytest docs wheel clean
+.PHONY: run real-model test check format lint types layers unit e2e docs wheel clean
 
 run: $(VENV)/.installed
 	$(BIN)/python -m saexp $(ARGS)
@@ -22,7 +22,9 @@ real-model: $(VENV)/.installed
 	$(BIN)/python -c "import gguf, accelerate" 2> /dev/null || $(PIP) --editable '.[gguf]'
 	$(BIN)/python experiments/real_model/make.py
 
-test: lint types layers pytest
+# Type checks run beside the unit tests, end-to-end tests alone.
+test: check
+	$(MAKE) --no-print-directory e2e
 
 # Type checks run on one core beside the unit tests.
 check: $(VENV)/.installed-dev
@@ -58,8 +60,6 @@ unit: $(VENV)/.installed-dev
 # Four workers on two cores: some tests wait for servers, locks and signals.
 e2e: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder tests/e2e
-
-pytest: unit e2e
 
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean --site-dir site
