@@ -17,7 +17,7 @@ from tests import interpreters
 from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.run_outputs import CommandResult, command, metrics_of, table_of, wandb_runs
 
-SWEEPS = Path(__file__).parents[2] / "experiments/wandb_sweeps"
+SWEEPS = Path(__file__).parents[2] / "conf/wandb_sweeps"
 SMALL = ["tracker=wandb", "intervention.n_prompts=4", "intervention.n_controls=2"]
 SMALL += ["intervention.n_curve_controls=1", "intervention.n_choice_prompts=4"]
 SMALL += ["intervention.max_new_tokens=6", "analyzer.n_bootstrap=10", "analyzer.scores=false"]
