@@ -85,8 +85,9 @@ def wandb_runs(folder: Path) -> list[dict[str, Any]]:
 
     W&B's own process writes the file, and may end that after the run is finished; it is waited for.
     """
-    files = sorted(folder.rglob("offline-run-*/*.wandb"), key=lambda p: p.parent.name)
-    return [_whole_wandb_run(file) for file in files]
+    # Not by the folders' names: they hold whole seconds, and then random letters.
+    runs = [_whole_wandb_run(file) for file in folder.rglob("offline-run-*/*.wandb")]
+    return sorted(runs, key=lambda run: run["started"])
 
 
 def _whole_wandb_run(file: Path) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def _wandb_run(file: Path) -> dict[str, Any]:
             run = record.run
             logged |= {"group": run.run_group, "job_type": run.job_type, "name": run.display_name}
             logged |= {"id": run.run_id, "project": run.project, "tags": list(run.tags)}
-            logged |= {"notes": run.notes}
+            logged |= {"notes": run.notes, "started": run.start_time.ToNanoseconds()}
             logged["config"] |= {i.key: json.loads(i.value_json) for i in run.config.update}
         elif kind == "config":
             logged["config"] |= {i.key: json.loads(i.value_json) for i in record.config.update}
