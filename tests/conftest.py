@@ -14,17 +14,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from hydra._internal.hydra import Hydra
 from hypothesis import settings
+
+from tests import cheap_composition
 
 # Workers of pytest-xdist, and other jobs, share the cores; so deadlines mean nothing here.
 torch.set_num_threads(1)
 settings.register_profile("saexp", deadline=None, derandomize=True, database=None)
 settings.load_profile("saexp")
-
-# Hydra composes the config of a command once more, only to look for hydra.mode, which no config of
-# the project sets; this is what it finds. `preloaded.py` does the same, new interpreters do not.
-Hydra.get_mode = lambda *_, **__: None
+cheap_composition.install()
 
 LONG = (
     "faults/test_signals",
@@ -90,6 +88,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Leave the imported modules out of garbage collections: a full one would take 0.2 s."""
     gc.freeze()
+    # Configs and tables make many small objects.
+    gc.set_threshold(20_000)
 
 
 @pytest.fixture(autouse=True)

@@ -17,12 +17,12 @@ import sklearn.feature_extraction.text
 import sklearn.linear_model  # noqa: F401
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
-import wandb  # noqa: F401
-from hydra._internal.hydra import Hydra
+import wandb.sdk.launch.inputs.internal  # noqa: F401
 from plotly.offline import get_plotlyjs
 
 import saexp
 from saexp.reports import Chart, bar, environment, scatter, style
+from tests import cheap_composition
 
 for module in pkgutil.walk_packages(saexp.__path__, "saexp."):
     if not module.name.endswith("__main__"):
@@ -32,8 +32,7 @@ with warnings.catch_warnings():
     import sae_lens  # noqa: F401
 
 torch.set_num_threads(1)
-# Composed only to look for hydra.mode, which no config of the project sets.
-Hydra.get_mode = lambda *_, **__: None
+cheap_composition.install()
 # Hydra's plugins, what plotly imports with a figure, and templates of pages.
 saexp.compose([])
 chart = Chart.with_panels(1, 1, ["t"])

@@ -123,7 +123,7 @@ handlers, error lines, and the exception hooks of other packages."""
 def remember(cfg: DictConfig) -> None:
     """Record which text values of a config depend on the environment, however indirectly."""
     with _recording() as read:
-        _remember(cfg, "", read)
+        _remember(cfg, OmegaConf.to_container(cfg, resolve=False), "", read)
 
 
 def known() -> TypedValues:
@@ -165,25 +165,34 @@ def _recording() -> Iterator[dict[str, str]]:
         OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
 
 
-def _remember(cfg: DictConfig | ListConfig, prefix: str, read: dict[str, str]) -> None:
-    raw: Any = OmegaConf.to_container(cfg, resolve=False)
+def _remember(cfg: DictConfig | ListConfig, raw: Any, prefix: str, read: dict[str, str]) -> None:
+    """`raw` is the config's content as typed."""
     for key, typed in raw.items() if isinstance(raw, dict) else enumerate(raw or ()):
         path = f"{prefix}{key}"
-        read.clear()
-        # A value that cannot be resolved is an error where the config is used.
-        with contextlib.suppress(OmegaConfBaseException):
-            value = None if typed == "???" else cfg[key]
-            if isinstance(value, DictConfig | ListConfig):
-                if not read:
-                    _remember(value, f"{path}.", read)
-                    continue
-                # Made by `oc.decode`: its parts have no keys of their own in what was typed.
-                value = OmegaConf.to_container(value, resolve=True)
-            if isinstance(value, str | dict | list) and read and not _CHOICES.fullmatch(path):
-                _TYPED.settings[path, _text(value)] = typed
-                _record_quotable(value, typed, read)
-            elif isinstance(value, str):
-                _TYPED.settings[path, value] = value
+        if isinstance(typed, dict | list):
+            _remember(cfg[key], typed, f"{path}.", read)
+        elif isinstance(typed, str) and typed != "???":
+            _remember_text(cfg, key, typed, path, read)
+
+
+def _remember_text(
+    cfg: DictConfig | ListConfig, key: Any, typed: str, path: str, read: dict[str, str]
+) -> None:
+    read.clear()
+    # A value that cannot be resolved is an error where the config is used.
+    with contextlib.suppress(OmegaConfBaseException):
+        value = cfg[key] if "${" in typed else typed
+        if isinstance(value, DictConfig | ListConfig):
+            if not read:
+                _remember(value, OmegaConf.to_container(value, resolve=False), f"{path}.", read)
+                return
+            # Made by `oc.decode`: its parts have no keys of their own in what was typed.
+            value = OmegaConf.to_container(value, resolve=True)
+        if isinstance(value, str | dict | list) and read and not _CHOICES.fullmatch(path):
+            _TYPED.settings[path, _text(value)] = typed
+            _record_quotable(value, typed, read)
+        elif isinstance(value, str):
+            _TYPED.settings[path, value] = value
 
 
 def _text(value: Any) -> str:

@@ -58,27 +58,45 @@ _OF_LAYERS = ("intervention.latents", "intervention.layers")
 """Settings of an intervention that name layers whose latents it changes."""
 
 
-def passes(cells: Iterable[list[str]], objects: ObjectCache) -> dict[str, list[list[Any]]]:
+def passes(
+    cells: Iterable[list[str]], objects: ObjectCache, configs: "CellConfigs | None" = None
+) -> dict[str, list[list[Any]]]:
     """Texts' key -> [layer, stream or null] of all cells that read those texts.
 
     A cell that cannot be composed is left out; it fails with its own error later.
     """
+    configs = configs or CellConfigs()
     hookpoints: dict[str, set[tuple[int, str | None]]] = {}
-    kinds = dict.fromkeys(tuple(_relevant_words(cell)) for cell in cells)
-    for words in kinds:
-        try:
-            cfg = composed(words)
-            hookpoints.setdefault(texts_key(cfg), set()).update(
-                _hookpoints(cfg, objects, alone=len(kinds) == 1)
-            )
-        except (*COMPOSITION_ERRORS, SaexpError) as error:
-            log.debug("not planned: %s (%s)", words, error)
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for cell in cells:
+        kinds.setdefault(tuple(_relevant_words(cell)), cell)
+    for relevant, first in kinds.items():
+        # The first cell's whole config is needed in other places too. If other words of it are
+        # wrong, those of the other cells may be right.
+        for words in (first, relevant):
+            try:
+                cfg = configs.of(words)
+                needed = _hookpoints(cfg, objects, alone=len(kinds) == 1)
+                hookpoints.setdefault(texts_key(cfg), set()).update(needed)
+                break
+            except (*COMPOSITION_ERRORS, SaexpError) as error:
+                log.debug("not planned: %s (%s)", words, error)
     return {key: [list(h) for h in sorted(hs, key=str)] for key, hs in hookpoints.items()}
 
 
-def composed(words: Sequence[str]) -> RunConfig:
-    """The config of a cell, by Hydra's current config folder."""
-    return to_run_config(compose("config", overrides=list(words)), quiet=True, words=words)
+class CellConfigs:
+    """Configs of a sweep's cells, by Hydra's current config folder; each is composed once."""
+
+    def __init__(self) -> None:
+        self._configs: dict[tuple[str, ...], RunConfig] = {}
+
+    def of(self, words: Sequence[str]) -> RunConfig:
+        """The config of a cell with these overrides. Raises as `to_run_config` and Hydra do."""
+        key = tuple(words)
+        if key not in self._configs:
+            cfg = compose("config", overrides=list(words))
+            self._configs[key] = to_run_config(cfg, quiet=True, words=words)
+        return self._configs[key]
 
 
 def _relevant_words(cell: list[str]) -> list[str]:
@@ -213,7 +231,10 @@ class _PlannedPass:
 
 
 def show_plan(
-    cells: Sequence[Sequence[str]], objects: ObjectCache, n_trials: int | None = None
+    cells: Sequence[Sequence[str]],
+    objects: ObjectCache,
+    configs: CellConfigs,
+    n_trials: int | None = None,
 ) -> list[str]:
     """Lines on what a sweep would compute: cells, tokens to forward, disk space and time.
 
@@ -226,7 +247,7 @@ def show_plan(
         words = [word for word in typed if key_of(word).lstrip("+") != "sweep.dry_run"]
         varying = " ".join(word for word in words if len(cells) == 1 or word not in fixed)
         try:
-            cfg = composed(words)
+            cfg = configs.of(words)
             check_before(cfg)
             earlier = _finished(cfg)
             if earlier is None:
@@ -240,7 +261,7 @@ def show_plan(
     head = [f"dry run: {counted(len(cells), 'cell')}, {len(todo)} to run; nothing is written"]
     if n_trials is not None:
         head.append(f"a search runs at most {n_trials} of these cells")
-    return [*head, *lines, *_costs(todo, objects, n_trials)]
+    return [*head, *lines, *_costs(todo, objects, configs, n_trials)]
 
 
 def _check_loadable(cfg: RunConfig, objects: ObjectCache) -> None:
@@ -268,11 +289,14 @@ def _finished(cfg: RunConfig) -> Path | None:
 
 
 def _costs(
-    todo: Sequence[tuple[list[str], RunConfig]], objects: ObjectCache, n_trials: int | None
+    todo: Sequence[tuple[list[str], RunConfig]],
+    objects: ObjectCache,
+    configs: CellConfigs,
+    n_trials: int | None,
 ) -> list[str]:
     if not todo:
         return ["tokens to forward: 0", "disk: 0 B", "time: no model runs"]
-    hookpoints = passes([words for words, _ in todo], objects)
+    hookpoints = passes([words for words, _ in todo], objects, configs)
     first = {texts_key(cfg): cfg for _, cfg in reversed(todo)}
     planned_passes = [
         one

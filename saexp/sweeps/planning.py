@@ -51,7 +51,7 @@ from saexp.results import SWEEP_PLAN, read_plan
 from saexp.saes import SparseAutoencoder
 from saexp.saes.training_pass import TRAININGS, planned_trainings
 from saexp.sweeps import check_before, group_name, group_of
-from saexp.sweeps.passes import composed, passes, show_plan
+from saexp.sweeps.passes import CellConfigs, passes, show_plan
 from saexp.sweeps.search import between, is_search, visitable
 
 log = logging.getLogger(__name__)
@@ -259,7 +259,7 @@ class SweepCallback(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Lock the run's folder, before Hydra writes its config there."""
         words = _words(config)
-        _end_of_dry_run([words])
+        _end_of_dry_run([words], CellConfigs())
         folder = Path(config.hydra.run.dir)
         with _ending_the_process():
             _check_not_read(config, folder)
@@ -270,11 +270,12 @@ class SweepCallback(Callback):
         trainings that share a corpus."""
         folder, search = Path(config.hydra.sweep.dir), is_search(config.hydra.sweeper)
         with _ending_the_process():
-            cells = _cells(config)
-            _end_of_dry_run(cells, int(config.hydra.sweeper.n_trials) if search else None)
-            _check_cells(cells)
+            cells, configs = _cells(config), CellConfigs()
+            n_trials = int(config.hydra.sweeper.n_trials) if search else None
+            _end_of_dry_run(cells, configs, n_trials)
+            _check_cells(cells, configs)
             if search:
-                _check_fractions(_all_words(config))
+                _check_fractions(_all_words(config), configs)
         _reserve(folder)
         PROCESS.sweep = folder
         launcher = str(config.hydra.launcher.get("_target_", ""))
@@ -287,8 +288,8 @@ class SweepCallback(Callback):
                 read_plan(folder).get("cells", []) if search else cells,
                 config.hydra.runtime.choices.get("experiment"),
             ),
-            "passes": passes(cells, PROCESS.objects),
-            TRAININGS: planned_trainings(launcher, cells, composed),
+            "passes": passes(cells, PROCESS.objects, configs),
+            TRAININGS: planned_trainings(launcher, cells, configs.of),
         }
         with _ending_the_process():
             write_json(folder / SWEEP_PLAN, content, option=SWEEP_FOLDER)
@@ -299,12 +300,12 @@ def _reserve(folder: Path) -> None:
         reserve(folder)
 
 
-def _check_cells(cells: Sequence[Sequence[str]]) -> None:
+def _check_cells(cells: Sequence[Sequence[str]], configs: CellConfigs) -> None:
     """Raise the error of all cells, if all have the same; others are reported by their cells."""
     messages: list[str] = []
     for cell in cells:
         try:
-            check_before(composed(cell))
+            check_before(configs.of(cell))
             return
         except (*COMPOSITION_ERRORS, SaexpError) as error:
             messages.append(str(one_line(error)))
@@ -314,11 +315,11 @@ def _check_cells(cells: Sequence[Sequence[str]]) -> None:
         raise ConfigError(messages[0])
 
 
-def _check_fractions(words: Sequence[str]) -> None:
+def _check_fractions(words: Sequence[str], configs: CellConfigs) -> None:
     """Raise ConfigError where a search would choose fractions for a setting that takes none."""
     for key, (start, end), cell in between(words):
         try:
-            composed(cell)
+            configs.of(cell)
         except (*COMPOSITION_ERRORS, SaexpError) as error:
             ends = f"{math.ceil(start)},{math.floor(end)}"
             raise ConfigError(
@@ -356,7 +357,9 @@ def _words(config: DictConfig) -> list[str]:
     return [str(word) for word in typed]
 
 
-def _end_of_dry_run(cells: Sequence[Sequence[str]], n_trials: int | None = None) -> None:
+def _end_of_dry_run(
+    cells: Sequence[Sequence[str]], configs: CellConfigs, n_trials: int | None = None
+) -> None:
     """Print what the cells would compute and exit, where the command asks for no more.
 
     A search runs `n_trials` of the cells.
@@ -366,9 +369,9 @@ def _end_of_dry_run(cells: Sequence[Sequence[str]], n_trials: int | None = None)
             return
         # The cell reports the error of a config that cannot be composed, if another one can.
         with suppress(*COMPOSITION_ERRORS, SaexpError):
-            if not composed(cell).sweep.dry_run:
+            if not configs.of(cell).sweep.dry_run:
                 return
-            sys.stdout.write("\n".join(show_plan(cells, PROCESS.objects, n_trials)) + "\n")
+            sys.stdout.write("\n".join(show_plan(cells, PROCESS.objects, configs, n_trials)) + "\n")
             sys.stdout.flush()
             raise SystemExit(0)
 

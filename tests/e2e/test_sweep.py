@@ -237,6 +237,11 @@ def test_cells_that_cannot_be_composed_are_left_out_of_the_plan() -> None:
     assert [3, None] in plan
 
 
+def test_a_cell_with_a_wrong_setting_does_not_hide_what_a_like_cell_needs() -> None:
+    (plan,) = planned(["layer=3", "intervention.n_prompts=few"], ["layer=3"], ["layer=1"]).values()
+    assert [3, None] in plan
+
+
 def test_a_release_known_by_its_id_is_planned_at_the_layer_of_its_catalogue_entry() -> None:
     words = ["sae=gpt2_jb", "sae.id=blocks.5.hook_resid_pre", "layer=null"]
     (plan,) = planned(["model=gpt2", *words]).values()
