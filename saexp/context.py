@@ -292,8 +292,10 @@ class ObjectCache:
             return loaded[key]
         while len(loaded) >= self.MAX_LOADED[kind]:
             loaded.popitem(last=False)
-            # A model's modules refer to each other, so only garbage collection frees their memory.
-            gc.collect()
+            if kind == "model":
+                # Its modules refer to each other: only garbage collection frees their memory. SAEs
+                # are freed at once, and a collection takes longer than loading a small one.
+                gc.collect()
         loaded[key] = build()
         return loaded[key]
 

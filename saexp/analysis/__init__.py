@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saexp.activations.shard_files import StoredValues
 from saexp.config import AnalyzerConfig
+from saexp.context import ObjectCache
 from saexp.data import Example
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import DataError, brief, counted
@@ -55,6 +56,8 @@ class AnalysisInputs:
     """The largest norm of an ordinary position, at each stream that the SAE reads or predicts."""
     transfer: "AnalysisInputs | None" = None
     """The analyzer's second data set, where it names one (`Analyzer.transfer`)."""
+    objects: ObjectCache | None = None
+    """Results shared with other runs, which depend on nothing that a run has of its own."""
 
     @property
     def ordinary_latents(self) -> Latents:

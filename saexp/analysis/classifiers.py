@@ -223,7 +223,8 @@ def surface_probe(inputs: AnalysisInputs, chosen: np.ndarray, rows: Labelled, se
         return read_texts(inputs.latents.rows.iloc[rows], inputs.texts)
 
     counts = token_counts(inputs.neutral_texts)
-    baseline = fit_surface(read(inputs, chosen), rows.first, rows.units, counts, seed)
+    texts = read(inputs, chosen)
+    baseline = fit_surface(texts, rows.first, rows.units, counts, seed, inputs.objects)
     return Probe("surface", read, baseline.score, fitted=baseline.fitted)
 
 

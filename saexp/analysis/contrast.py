@@ -85,6 +85,7 @@ def compare_with_surface(
             np.arange(len(units)) < len(train.first),
             token_counts(inputs.neutral_texts),
             seed,
+            inputs.objects,
         )
     except DataError as error:
         result.notes.append(f"the surface baseline ({_SURFACE_METRIC}) was not fitted: {error}")

@@ -1,10 +1,11 @@
 """Checks of a contrast: power, placebo trials, and a baseline from the surface of the prompts."""
 
+import hashlib
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from scipy import sparse
 
 from saexp.analysis import Split
 from saexp.config import AnalyzerConfig
-from saexp.context import progress
+from saexp.context import ObjectCache, progress
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import counted
 from saexp.results import Result, is_above_chance, p_value_words
@@ -100,6 +101,12 @@ class SurfaceBaseline:
         ]
         return np.concatenate(parts)
 
+    @property
+    def n_bytes(self) -> int:
+        """Approximate size: the n-grams, about 100 bytes each with their weights."""
+        n_grams = sum(len(block.vocabulary_) for block in self.features.blocks)
+        return 100 * (n_grams + len(self.features.counts))
+
 
 def fit_surface(
     read: Sequence[ReadText],
@@ -107,21 +114,42 @@ def fit_surface(
     units: Shaped[np.ndarray, " n"],
     counts: Mapping[int, int],
     seed: int,
+    objects: ObjectCache | None = None,
 ) -> SurfaceBaseline:
     """Fit the baseline to these train rows; `counts` are token counts of neutral text.
 
-    The result does not depend on the order of rows. Raises DataError where a group has too few
-    units for cross-validation.
+    The result does not depend on the order of rows. Runs that share `objects` fit it once for the
+    same rows: no latent is read, so that the cells of a sweep over layers have the same baseline.
+    Raises DataError where a group has too few units for cross-validation.
     """
+    if objects is None:
+        return _fit_surface(read, first, units, counts, seed)
+    rows = list(zip(map(astuple, read), first.tolist(), map(str, units), strict=True))
+    content = repr((rows, sorted(counts.items()), seed))
+    key = f"surface baseline {hashlib.sha256(content.encode()).hexdigest()}"
+    baseline = objects.get(key)
+    if baseline is None:
+        baseline = _fit_surface(read, first, units, counts, seed)
+        objects.put(key, baseline, baseline.n_bytes)
+    return baseline
+
+
+def _fit_surface(
+    read: Sequence[ReadText],
+    first: Bool[np.ndarray, " n"],
+    units: Shaped[np.ndarray, " n"],
+    counts: Mapping[int, int],
+    seed: int,
+) -> SurfaceBaseline:
     from saexp.stats.separation import fit_logistic, folds, limited
 
     keys = [(str(u), r.text, len(r.ids)) for u, r in zip(units, read, strict=True)]
     order = np.array(sorted(range(len(read)), key=lambda i: (keys[i], bool(first[i]))))
     chosen = order[limited(np.arange(len(order)), MAX_TRAIN, seed)]
     first, units = first[chosen], units[chosen]
-    features = _Features([read[i] for i in chosen], counts)
+    features, matrix = _Features.fit([read[i] for i in chosen], counts)
     pairs = folds(first, units, seed)
-    fitted = fit_logistic(features.matrix, first, STRENGTHS, pairs, standardise=False)
+    fitted = fit_logistic(matrix, first, STRENGTHS, pairs, standardise=False)
     return SurfaceBaseline(features, fitted)
 
 
@@ -133,6 +161,7 @@ def observation_scores(
     train: Bool[np.ndarray, " n_units"],
     counts: Mapping[int, int],
     seed: int,
+    objects: ObjectCache | None = None,
 ) -> Float[np.ndarray, " n_held_out"]:
     """Scores of the observations not in `train`, by a baseline fitted on those in `train`.
 
@@ -143,7 +172,7 @@ def observation_scores(
     rows, others = np.flatnonzero(train[of_row]), np.flatnonzero(~train[of_row])
     units = of_row[rows]
     baseline = fit_surface(
-        [read[i] for i in rows.tolist()], first[units], entities[units], counts, seed
+        [read[i] for i in rows.tolist()], first[units], entities[units], counts, seed, objects
     )
     scores = baseline.score([read[i] for i in others.tolist()])
     sums = np.bincount(of_row[others], weights=scores, minlength=len(first))
@@ -157,23 +186,32 @@ class _Features:
     length, so that no block dominates because of its size.
     """
 
-    def __init__(self, read: Sequence[ReadText], counts: Mapping[int, int]) -> None:
+    def __init__(
+        self, blocks: Sequence[Any], numbers: Float[np.ndarray, "n k"], counts: Mapping[int, int]
+    ) -> None:
+        self.blocks, self.counts = blocks, counts
+        self.mean, spread = numbers.mean(0), numbers.std(0)
+        self.varies = spread > 1e-9
+        self.scale = spread * np.sqrt(max(self.varies.sum(), 1))
+
+    @classmethod
+    def fit(
+        cls, read: Sequence[ReadText], counts: Mapping[int, int]
+    ) -> "tuple[_Features, sparse.csr_array]":
+        """The features of train rows, and their values for these rows."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        self.counts = counts
-        self.blocks: list[Any] = []
+        blocks: list[Any] = []
         parts = []
         for grams in (_text_tokens, _entity_tokens, _text_characters, _entity_characters):
             if any(map(grams, read)):
                 settings: Any = {"analyzer": grams, "max_features": _MAX_FEATURES}
                 block = TfidfVectorizer(**settings, sublinear_tf=True)
                 parts.append(block.fit_transform(read))
-                self.blocks.append(block)
+                blocks.append(block)
         numbers = _numbers(read, counts)
-        self.mean, spread = numbers.mean(0), numbers.std(0)
-        self.varies = spread > 1e-9
-        self.scale = spread * np.sqrt(max(self.varies.sum(), 1))
-        self.matrix = self._joined(parts, numbers)
+        features = cls(blocks, numbers, counts)
+        return features, features._joined(parts, numbers)
 
     def __call__(self, read: Sequence[ReadText]) -> sparse.csr_array:
         return self._joined([b.transform(read) for b in self.blocks], _numbers(read, self.counts))

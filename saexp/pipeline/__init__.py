@@ -324,6 +324,7 @@ class Session:
             max_length=self.cfg.dataset.max_length,
             ordinary=ordinary.mask,
             norm_limits=ordinary.limits,
+            objects=self.context.objects,
         )
 
     def provenance(self, data: RunData, saes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

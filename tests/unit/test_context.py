@@ -1,12 +1,16 @@
-"""Progress where there is no terminal."""
+"""Progress where there is no terminal, and objects that are dropped."""
 
+import gc
 import logging
 import sys
 import time
+import weakref
 
 import pytest
 
 from saexp import context
+from saexp.saes import ARCHITECTURES
+from tests.unit.saes.make import points, sae
 
 
 def test_off_a_terminal_lines_tell_rate_and_time_left(
@@ -76,3 +80,19 @@ def test_a_line_comes_while_a_single_unit_takes_long(
     assert 1 <= len(lines) <= 4
     time.sleep(0.3)
     assert len([m for m in caplog.messages if m.startswith("answering: 2 of 4")]) == len(lines)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_dropped_sae_is_freed_without_garbage_collection(architecture: str) -> None:
+    objects = context.ObjectCache()
+    weights = []
+    gc.disable()
+    try:
+        for n in range(objects.MAX_LOADED["sae"] + 1):
+            loaded = objects.load("sae", str(n), lambda: sae(architecture))
+            loaded.encode(points(3, loaded.d_in))
+            weights.append(weakref.ref(loaded.W_dec))
+            del loaded
+    finally:
+        gc.enable()
+    assert [weight() is None for weight in weights] == [True, *[False] * 4]

@@ -12,6 +12,7 @@ from saexp.analysis import AnalysisInputs, observations, split_of
 from saexp.analysis.contrast import ContrastAnalyzer, compare_with_surface
 from saexp.analysis.contrast_checks import fit_surface, read_texts
 from saexp.config import AnalyzerConfig
+from saexp.context import ObjectCache
 from saexp.latents import Latents
 from saexp.results import Result
 from saexp.stats.separation import stratum_weights
@@ -152,3 +153,24 @@ def test_without_a_selected_latent_there_is_nothing_to_compare(inputs: AnalysisI
     metrics = contrast(replace(inputs, latents=nothing)).metrics
     assert metrics[SURFACE] is not None
     assert metrics["contrast/best_minus_surface_known_test"] is None
+
+
+def test_runs_that_share_objects_fit_the_baseline_once_with_the_numbers_of_runs_alone(
+    inputs: AnalysisInputs, result: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from saexp.analysis import contrast_checks
+
+    fits: list[int] = []
+    fit = contrast_checks._fit_surface
+    monkeypatch.setattr(contrast_checks, "_fit_surface", lambda *a: fits.append(1) or fit(*a))
+    objects = ObjectCache()
+    other_latents = Latents(inputs.latents.csr[:, ::-1].copy(), inputs.latents.rows)
+    for latents in (inputs.latents, other_latents):
+        shared = contrast(replace(inputs, latents=latents, objects=objects))
+        assert shared.metrics[SURFACE] == result.metrics[SURFACE]
+    assert len(fits) == 1
+    # Another seed, other labels and other texts have a baseline of their own.
+    contrast(replace(inputs, objects=objects), seed=1)
+    contrast(replace(inputs, objects=objects, groups=GROUPS[::-1]))
+    contrast(replace(make_inputs("klmnop"), objects=objects))
+    assert len(fits) == 4
