@@ -177,9 +177,9 @@ def page(specified: Sequence[Section], logged: Logged, counts: Mapping[str, int]
 
 
 def main(target: Path, folders: Sequence[Path]) -> None:
-    keys = keys_of_folder(folders[0])
+    keys, _ = keys_of_folder(folders[0])
     for folder in folders[1:]:
-        keys |= keys_of_folder(folder)
+        keys |= keys_of_folder(folder)[0]
     counts = {folder.name: len(Logged([folder]).runs) for folder in folders}
     target.write_text(page(sections(keys), Logged(folders), counts), "utf-8")
 
