@@ -106,6 +106,36 @@ def _weighted_sums(
     )
 
 
+_PER_GROUP, _GROUPS_PER_K = 16, 4
+"""Values of a group at most, and groups for each selected value at least."""
+
+
+def largest_of_rows(values: Float[np.ndarray, "n width"], k: int) -> Int[np.ndarray, " m"]:
+    """Ascending indices into the flattened `values` of each row's k largest, where positive, and of
+    all that equal the k-th.
+
+    The k-th largest maximum of groups of columns is at most the k-th largest value, because k
+    groups reach it. Only the few values that are not below it are partitioned.
+    """
+    width = values.shape[1]
+    n_groups = width // max(1, min(_PER_GROUP, width // (_GROUPS_PER_K * k)))
+    maxima = values[:, :n_groups].copy()
+    for start in range(n_groups, width - n_groups + 1, n_groups):
+        np.maximum(maxima, values[:, start : start + n_groups], out=maxima)
+    maxima.partition(n_groups - k, axis=1)
+    bounds = np.maximum(maxima[:, n_groups - k, None], np.nextafter(np.float32(0), 1))
+    indices = np.flatnonzero(values >= bounds)
+    rows = indices // width
+    counts = np.bincount(rows, minlength=len(values))
+    if counts.max() <= k:
+        return indices
+    columns = np.arange(len(indices)) - (counts.cumsum() - counts)[rows]
+    candidates = np.full((len(values), counts.max()), -np.inf, dtype=np.float32)
+    candidates[rows, columns] = chosen = values.reshape(-1)[indices]
+    candidates.partition(candidates.shape[1] - k, axis=1)
+    return indices[chosen >= candidates[rows, -k]]
+
+
 class QuickTopKTrainingSAE(TopKTrainingSAE):
     """TopK with sums over the active latents, where these are few, on the CPU in float32."""
 
@@ -159,10 +189,8 @@ class QuickTopKTrainingSAE(TopKTrainingSAE):
 
     def active_indices(self, scored: Float[Tensor, "batch d_sae"]) -> Int[Tensor, " n"]:
         """Indices into the flattened pre-activations of each row's k largest, where positive."""
-        k, values = int(self.cfg.k), scored.numpy()
-        least = np.partition(values, -k, axis=1)[:, -k:].min(axis=1, keepdims=True)
-        indices = np.flatnonzero(values >= np.maximum(least, np.nextafter(np.float32(0), 1)))
-        if len(indices) <= k * len(values):
+        indices = largest_of_rows(scored.numpy(), k := int(self.cfg.k))
+        if len(indices) <= k * len(scored):
             return torch.from_numpy(indices)
         # More than k of a row, of which some are equal.
         top = scored.topk(k, dim=-1, sorted=False)
@@ -212,33 +240,27 @@ class QuickTopKTrainingSAE(TopKTrainingSAE):
 
 
 class QuickBatchTopK(BatchTopK):
-    """Keeps the k * n largest activations of a batch of n rows, where they are positive.
-
-    The smallest of them is found with a partition instead of a sort; of equal activations, the
-    first are kept. On devices other than the CPU, sae-lens' implementation is used.
-    """
+    """Keeps the k * n largest activations of a batch of n rows, where they are positive, and of
+    equal ones the first. On devices other than the CPU, sae-lens' implementation is used."""
 
     least: float | None = None
     """The smallest activation kept in the last batch; None where sae-lens' code selected them."""
 
     def forward(self, x: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
         """The activations, with zeros for those that are not kept."""
-        n = int(self.k * x.shape[:-1].numel())
         self.least = None
+        n = int(self.k * x.shape[:-1].numel())
         if x.device.type != "cpu" or x.dtype != torch.float32 or not 0 < n < x.numel():
             return super().forward(x)
-        values = x.detach().numpy()
-        ordered = np.partition(values, x.numel() - n, axis=None)
-        least = ordered[-n]
-        if not least > 0:
+        values = x.detach().reshape(-1, x.shape[-1])
+        top = self.indices(values)
+        if self.least is None:
             return x.relu()
-        self.least = float(least)
-        largest = functional.threshold(x, float(np.nextafter(least, np.float32(0))), 0.0)
-        if ordered[:-n].max() < least:
-            return largest
-        equal = np.flatnonzero(values == least)
-        excess = torch.from_numpy(equal[np.count_nonzero(ordered[-n:] == least) :])
-        return largest.flatten().index_fill(0, excess, 0.0).view_as(x)
+        below = np.nextafter(np.float32(self.least), np.float32(0))
+        largest = functional.threshold(x, float(below), 0.0)
+        equal = (values.flatten() == self.least).nonzero().flatten()
+        excess = equal[~torch.isin(equal, top)]
+        return largest.flatten().index_fill(0, excess, 0.0).view_as(x) if len(excess) else largest
 
     def indices(self, x: Float[Tensor, "batch d_sae"]) -> Int[Tensor, " n"]:
         """Indices into the flattened `x` of what is kept and positive; `x` as `forward` takes it,
@@ -247,14 +269,13 @@ class QuickBatchTopK(BatchTopK):
         self.least = None
         if not 0 < n < len(values):
             return torch.from_numpy(np.flatnonzero(values > 0) if n else np.empty(0, np.int64))
-        least = np.partition(values, len(values) - n)[-n]
-        if not least > 0:
-            return torch.from_numpy(np.flatnonzero(values > 0))
-        self.least = float(least)
-        top = np.flatnonzero(values >= least)
+        top = largest_of_rows(values[None], n)
+        if len(top) < n:
+            return torch.from_numpy(top)
+        self.least = float(values[top].min())
         if len(top) > n:
             # Of equal activations, the first are kept.
-            equal = np.flatnonzero(values[top] == least)
+            equal = np.flatnonzero(values[top] == self.least)
             top = np.delete(top, equal[len(equal) - (len(top) - n) :])
         return torch.from_numpy(top)
 
