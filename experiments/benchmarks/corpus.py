@@ -6,16 +6,17 @@
 
 speed: tokens per second of `task=collect dataset=corpus positions=all` into an empty store,
 tokenized beforehand, and of the bare forward pass of the required blocks on the same packed
-batches, in turn in one process. On a CPU both are per CPU second, because wall time depends on what
-else the machine does.
+batches, in turn, each in a process of its own. On a CPU both are per CPU second, because wall time
+depends on what else the machine does, and there are two references: `speed_kept` keeps freed memory
+as saexp does, `speed` has glibc's defaults, as any other program.
 memory: peak resident memory of a process that collects, at 1 x and at 4 x the tokens;
 memory_dashboard, memory_stats, memory_train (from the store) and memory_evaluate: of these tasks.
 tokenization: tokens per second of tokenizing and packing, and of `datasets.map` with as many
 processes as saexp has threads.
 
 Every measurement is a fresh process; ratios are medians of `--repeats` alternating runs. The rows
-are written to `measured/corpus_<device>.csv`. Targets: speed >= 0.9, memory <= 1.1, tokenization
->= 1.
+are written to `measured/corpus_<device>.csv`. Targets: speed and speed_kept >= 0.9, memory <= 1.1,
+tokenization >= 1.
 """
 
 import argparse
@@ -31,7 +32,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MEASURED = Path(__file__).parent / "measured"
 COLUMNS = (
@@ -55,13 +56,21 @@ TASKS = {
     "memory_evaluate": ("task=evaluate", "task.n_bootstrap=100"),
 }
 """Measurement of memory -> the words of the task; those but the first are of the tiny model."""
-TARGETS = {"speed": ">= 0.9", **dict.fromkeys(TASKS, "<= 1.1"), "tokenization": ">= 1"}
+REFERENCES = {"speed": "bare", "speed_kept": "bare_kept"}
+"""Measurement of speed -> the job of its reference."""
+TARGETS = {
+    **dict.fromkeys(REFERENCES, ">= 0.9"),
+    **dict.fromkeys(TASKS, "<= 1.1"),
+    "tokenization": ">= 1",
+}
 SHAPES = {"gemma2-small": "small", "gemma2-2b": "2b"}
 """Random models of Gemma-2's architecture: sizes that differ from Gemma-2-2B."""
 LAYERS = {"tiny": 2, "gemma2-small": 5, "gemma2-2b": 12}
 TOKENS = {"tiny": 300_000, "gemma2-small": 30_000, "gemma2-2b": 4_000}
 """Tokens at scale 1."""
 CONTEXT_SIZE = 256
+READY = "ready:"
+"""Begins the lines that a process of `timed` prints."""
 
 
 # What a fresh process does; the parent imports no torch, so that its memory does not count.
@@ -122,17 +131,34 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def bare_pass(cfg: Any) -> Callable[[], None]:
-    """The bare forward pass of the required blocks on the batches of the collection."""
+class Work(NamedTuple):
+    """What is measured again and again."""
+
+    n_tokens: int
+    do: Callable[[], Any]
+    reset: Callable[[], Any] = lambda: None
+    """Is called before each time, and not measured."""
+
+
+def bare_pass(job: dict[str, Any], *, keeps_memory: bool) -> Work:
+    """The bare forward pass of the required blocks on the batches of the collection, of a model
+    that transformers loads."""
+    from types import SimpleNamespace
+
     import numpy as np
     import torch
+    import transformers
     from peers import bare_forward
 
     import saexp
     from saexp.models.forward import TokenBudget
+    from saexp.models.resolution import keep_freed_memory
     from saexp.pipeline.collect import open_corpus
 
+    cfg = compose(job)
     model = saexp.build("model", cfg.model)
+    if keeps_memory:
+        keep_freed_memory(model.device)
     corpus = open_corpus(cfg, model)
     per_pass = max(1, TokenBudget("auto", model.device).tokens // corpus.context_size)
     batches = []
@@ -141,17 +167,26 @@ def bare_pass(cfg: Any) -> Callable[[], None]:
         ids = torch.from_numpy(corpus.ids(contexts, model.pad_id))
         mask = torch.arange(ids.shape[1]) < torch.from_numpy(corpus.lengths(contexts))[:, None]
         batches.append((ids.to(model.device), mask.long().to(model.device)))
-    return bare_forward(model, int(cfg.layer), batches)
+    # The model that saexp loads would set how glibc keeps memory.
+    hf = transformers.AutoModelForCausalLM.from_pretrained(
+        model.source, dtype=getattr(torch, job["dtype"])
+    )
+    loaded: Any = SimpleNamespace(hf=hf.to(model.device).eval(), device=model.device)
+    return Work(corpus.n_tokens, bare_forward(loaded, int(cfg.layer), batches))
+
+
+def without_stores(cfg: Any) -> None:
+    """Remove the stores of an earlier collection."""
+    import shutil
+
+    shutil.rmtree(Path(cfg.cache_dir) / "activations", ignore_errors=True)
 
 
 def collecting(cfg: Any, folder: Path, objects: Any) -> Callable[[], int]:
-    """`task=collect` into an empty store; the number of tokens that it forwards."""
-    import shutil
-
+    """The task, by default `task=collect`; returns the number of tokens that it forwards."""
     import saexp
 
     def run() -> int:
-        shutil.rmtree(Path(cfg.cache_dir) / "activations", ignore_errors=True)
         run_folder = tempfile.mkdtemp(prefix="run_", dir=folder)
         return int(
             saexp.run(cfg, run_folder, objects=objects).metrics["collection/tokens_forwarded"] or 0
@@ -160,31 +195,37 @@ def collecting(cfg: Any, folder: Path, objects: Any) -> Callable[[], int]:
     return run
 
 
-def speed(job: dict[str, Any]) -> dict[str, Any]:
-    """Tokens per second of both, one repeat after another."""
+def timed(work: Work, clock: Callable[[], float]) -> None:
+    """Do the work once, print its number of tokens, and then the seconds of each further time,
+    one for each line of stdin."""
+    work.do()
+    sys.stdout.write(f"\n{READY} {work.n_tokens}\n")
+    sys.stdout.flush()
+    for _ in sys.stdin:
+        work.reset()
+        began = clock()
+        work.do()
+        sys.stdout.write(f"\n{READY} {clock() - began}\n")
+        sys.stdout.flush()
+
+
+def collection(job: dict[str, Any]) -> Work:
+    """The collection; the first one tokenizes the corpus."""
     from saexp.context import ObjectCache
 
-    clock = time.perf_counter if job["device"] == "cuda" else time.process_time
     cfg = compose(job)
+    without_stores(cfg)
     collect = collecting(cfg, Path(job["folder"]), ObjectCache())
-    # Tokenizes the corpus, and loads what is loaded once.
-    n_tokens = collect()
-    bare = bare_pass(cfg)
-    bare()
-    seconds: dict[str, list[float]] = {"saexp": [], "reference": []}
-    for _ in range(job["repeats"]):
-        for name, function in (("reference", bare), ("saexp", collect)):
-            began = clock()
-            function()
-            seconds[name].append(clock() - began)
-    return {"tokens": n_tokens, **{k: [n_tokens / s for s in v] for k, v in seconds.items()}}
+    return Work(collect(), collect, partial(without_stores, cfg))
 
 
 def memory(job: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """Peak resident memory in MB of this process, which does one task."""
     from saexp.context import ObjectCache
 
-    n_tokens = collecting(compose(job, *words), Path(job["folder"]), ObjectCache())()
+    cfg = compose(job, *words)
+    without_stores(cfg)
+    n_tokens = collecting(cfg, Path(job["folder"]), ObjectCache())()
     per_unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * per_unit
     return {"tokens": n_tokens, "peak": [peak / 1e6]}
@@ -231,9 +272,13 @@ def tokenization(job: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": n_tokens, **{k: [n_tokens / s for s in v] for k, v in seconds.items()}}
 
 
+TIMED = {
+    "collection": collection,
+    "bare": partial(bare_pass, keeps_memory=False),
+    "bare_kept": partial(bare_pass, keeps_memory=True),
+}
 JOBS = {
     "prepare": prepare,
-    "speed": speed,
     "tokenization": tokenization,
     **{kind: partial(memory, words=words) for kind, words in TASKS.items()},
 }
@@ -247,14 +292,18 @@ def worker(kind: str, job: dict[str, Any]) -> None:
 
     torch.set_num_threads(job["threads"])
     logging.getLogger("saexp").setLevel(logging.WARNING)
-    sys.stdout.write("\n" + json.dumps(JOBS[kind](job)) + "\n")
+    if kind in TIMED:
+        clock = time.perf_counter if job["device"] == "cuda" else time.process_time
+        timed(TIMED[kind](job), clock)
+    else:
+        sys.stdout.write("\n" + json.dumps(JOBS[kind](job)) + "\n")
 
 
 # The parent.
 
 
-def fresh(kind: str, job: dict[str, Any]) -> dict[str, Any]:
-    """The result of a job in a process of its own."""
+def command_of(kind: str, job: dict[str, Any]) -> dict[str, Any]:
+    """The command and the environment of the process that does a job."""
     threads = str(job["threads"])
     environment = {
         **os.environ,
@@ -264,10 +313,70 @@ def fresh(kind: str, job: dict[str, Any]) -> dict[str, Any]:
         "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, "-W", "ignore", __file__, "--worker", kind, json.dumps(job)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return {"args": command, "env": environment, "text": True}
+
+
+def fresh(kind: str, job: dict[str, Any]) -> dict[str, Any]:
+    """The result of a job in a process of its own."""
+    done = subprocess.run(**command_of(kind, job), capture_output=True, check=False)
     if done.returncode:
         raise SystemExit(f"{kind} {job}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def alternating(kinds: Sequence[str], job: dict[str, Any]) -> dict[str, list[float]]:
+    """Tokens per second of jobs of TIMED, each in a process of its own, one after another."""
+
+    def answer(process: subprocess.Popen[str]) -> float:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(READY):
+                return float(line.split()[1])
+        raise SystemExit(f"a process of {', '.join(kinds)} ended: {job}")
+
+    processes: dict[str, subprocess.Popen[str]] = {}
+    speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    try:
+        for kind in kinds:
+            started = subprocess.Popen(
+                **command_of(kind, job), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            processes[kind] = started
+            n_tokens = answer(started)
+        for _ in range(job["repeats"]):
+            for kind, process in processes.items():
+                assert process.stdin is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
+                speeds[kind].append(n_tokens / answer(process))
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+    return speeds
+
+
+def measured_speed(job: dict[str, Any], kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of these measurements of speed, whose collections are the same."""
+    speeds = alternating(["collection", *(REFERENCES[kind] for kind in kinds)], job)
+    per = "CPU second" if job["device"] != "cuda" else "second"
+    about = {key: job[key] for key in ("model", "device", "dtype", "threads", "tokens")}
+    return [
+        about
+        | {"measurement": kind, "target": TARGETS[kind], "unit": f"tokens per {per}"}
+        | compared(speeds["collection"], speeds[REFERENCES[kind]])
+        for kind in kinds
+    ]
+
+
+def compared(own: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """The medians of both, and of their ratios."""
+    ratio = statistics.median(a / b for a, b in zip(own, other, strict=True))
+    return {
+        "saexp": round(statistics.median(own)),
+        "reference": round(statistics.median(other)),
+        "ratio": round(ratio, 3),
+    }
 
 
 def measured(kind: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -280,12 +389,8 @@ def measured(kind: str, job: dict[str, Any]) -> dict[str, Any]:
         row |= {"tokens": large["tokens"], "unit": "MB, at 4 x and 1 x"}
     else:
         numbers = fresh(kind, job)
-        per = "CPU second" if kind == "speed" and job["device"] != "cuda" else "second"
-        row |= {"tokens": numbers["tokens"], "unit": f"tokens per {per}"}
-    own, other = numbers["saexp"], numbers["reference"]
-    row |= {"saexp": round(statistics.median(own)), "reference": round(statistics.median(other))}
-    ratio = statistics.median(a / b for a, b in zip(own, other, strict=True))
-    return row | {"ratio": round(ratio, 3)}
+        row |= {"tokens": numbers["tokens"], "unit": "tokens per second"}
+    return row | compared(numbers["saexp"], numbers["reference"])
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -299,7 +404,7 @@ def main() -> None:
     """Measure, print the table, write it as CSV."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--worker", nargs=2, metavar=("KIND", "JOB"), help=argparse.SUPPRESS)
-    parser.add_argument("--only", choices=list(TARGETS))
+    parser.add_argument("--only", choices=[k for k in TARGETS if k != "speed_kept"])
     parser.add_argument("--models", default="tiny,gemma2-small")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtypes", default="float32")
@@ -324,15 +429,22 @@ def main() -> None:
         }
         every = sorted({n * k for n in sizes.values() for k in (1, 4)})
         fresh("prepare", {**basic, "models": models, "sizes": every})
-        for kind in [args.only] if args.only else TARGETS:
+        for kind in [args.only] if args.only else [k for k in TARGETS if k != "speed_kept"]:
             for name in models if kind not in TASKS or kind == "memory" else ["tiny"]:
                 for dtype in args.dtypes.split(","):
                     # Tokenization is of no model and no dtype.
                     if kind == "tokenization" and (rows and rows[-1]["measurement"] == kind):
                         continue
                     job = {**basic, "model": name, "dtype": dtype, "tokens": sizes[name]}
-                    rows.append(measured(kind, job))
-                    sys.stderr.write(f"{kind}, {name}, {dtype}: {rows[-1]['ratio']}\n")
+                    if kind == "speed":
+                        of_speed = list(REFERENCES) if args.device == "cpu" else [kind]
+                        new = measured_speed(job, of_speed)
+                    else:
+                        new = [measured(kind, job)]
+                    rows += new
+                    for row in new:
+                        about = f"{row['measurement']}, {name}, {dtype}"
+                        sys.stderr.write(f"{about}: {row['ratio']}\n")
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8", newline="") as file:
         writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS)

@@ -124,7 +124,8 @@ class _Evaluator:
         self.places = list(dict.fromkeys(_streams(s) for s in saes))
         starts = [start for p in self.places if (start := resumes_from(p[-1])) is not None]
         self.wanted = list(dict.fromkeys([*(h for p in self.places for h in p), *starts]))
-        self.high_norm = HighNorm(self.places, settings.max_norm_ratio)
+        self.lengths = [len(text) for text in texts]
+        self.high_norm = HighNorm(self.places, settings.max_norm_ratio, sum(self.lengths))
         self.means: dict[Streams, Means] = {}
         self.sums: dict[tuple[State, str], Float[np.ndarray, " n_texts"]] = {}
         self.streams: list[StreamMetrics] = []
@@ -170,7 +171,7 @@ class _Evaluator:
         budget = TokenBudget(self.settings.batch_tokens, model.device)
         per_token = len(self.wanted) * model.d_model * model.dtype.itemsize
         budget.tokens = max(1, min(budget.tokens, self._limit(STREAM_BYTES) // per_token))
-        plan = batches([len(t) for t in self.texts], budget, model.text_config)
+        plan = batches(self.lengths, budget, model.text_config)
         done: deque[_CleanPass] = deque()
         free = self._limit(KEPT_BYTES) if self.settings.keep_passes else 0
         chosen = next(plan, None)

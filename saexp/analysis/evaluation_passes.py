@@ -261,28 +261,38 @@ class HighNorm:
     with a high norm in one of the streams of an SAE is excluded for this SAE.
     """
 
-    def __init__(self, places: Sequence[Streams], max_norm_ratio: float | None) -> None:
+    def __init__(
+        self, places: Sequence[Streams], max_norm_ratio: float | None, n_tokens: int
+    ) -> None:
+        """`n_tokens` is the number of tokens of all texts."""
         self.places, self.max_norm_ratio = places, max_norm_ratio
         self.masks: dict[Streams, list[Bool[Tensor, " n"]]] = {}
         """Per streams and batch, which positions to be spliced are ordinary; on the CPU."""
-        self._norms: dict[Hookpoint, list[np.ndarray]] = {h: [] for p in places for h in p}
+        # One array, because small ones that stay between the tensors of the passes would keep the
+        # freed memory around them from being used again.
+        self._norms = {h: np.empty(n_tokens) for p in places for h in p}
+        self._sizes: list[int] = []
+        """Positions of each batch."""
+        self._n_positions = 0
         self._totals: dict[Hookpoint, Tensor] = {}
 
     def add(self, batch: Batch, streams: Mapping[Hookpoint, Tensor]) -> None:
         """Add the streams of one batch."""
+        first = self._n_positions
+        self._sizes.append(int(batch.spliced.sum()))
+        self._n_positions += self._sizes[-1]
         for hookpoint, norms in self._norms.items():
             x = values_at(streams[hookpoint], batch.spliced).cpu().double()
-            norms.append(x.norm(dim=-1).numpy())
+            norms[first : first + len(x)] = x.norm(dim=-1).numpy()
             self._totals[hookpoint] = self._totals.get(hookpoint, 0) + x.sum(0)
 
     def resolve(self) -> None:
         """Determine the high-norm positions after all batches were added."""
         for hookpoints in self.places:
-            norms = {h: np.concatenate(self._norms[h]) for h in hookpoints}
+            norms = {h: self._norms[h][: self._n_positions] for h in hookpoints}
             limits = {h: norm_limit(values, self.max_norm_ratio) for h, values in norms.items()}
-            sizes = [len(part) for part in self._norms[hookpoints[0]]]
             ordinary = torch.from_numpy(ordinary_rows(norms, limits))
-            self.masks[hookpoints] = list(ordinary.split(sizes))
+            self.masks[hookpoints] = list(ordinary.split(self._sizes))
         self._norms = {}
 
     def n_excluded(self, hookpoints: Streams) -> int:

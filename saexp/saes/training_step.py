@@ -13,9 +13,6 @@ numbers of rows. What depends on the batch in other ways is combined too: the k 
 activations of BatchTopK, and which latents were active. All processes then make the same update.
 """
 
-import ctypes
-import functools
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from saexp.distributed import ALONE, Processes
+from saexp.models.resolution import keep_freed_memory
 
 SPARSE_RATIO = 8
 """Sums over active latents are used where d_sae is at least this times k; where more latents are
@@ -108,6 +106,36 @@ def _weighted_sums(
     )
 
 
+_PER_GROUP, _GROUPS_PER_K = 16, 4
+"""Values of a group at most, and groups for each selected value at least."""
+
+
+def largest_of_rows(values: Float[np.ndarray, "n width"], k: int) -> Int[np.ndarray, " m"]:
+    """Ascending indices into the flattened `values` of each row's k largest, where positive, and of
+    all that equal the k-th.
+
+    The k-th largest maximum of groups of columns is at most the k-th largest value, because k
+    groups reach it. Only the few values that are not below it are partitioned.
+    """
+    width = values.shape[1]
+    n_groups = width // max(1, min(_PER_GROUP, width // (_GROUPS_PER_K * k)))
+    maxima = values[:, :n_groups].copy()
+    for start in range(n_groups, width - n_groups + 1, n_groups):
+        np.maximum(maxima, values[:, start : start + n_groups], out=maxima)
+    maxima.partition(n_groups - k, axis=1)
+    bounds = np.maximum(maxima[:, n_groups - k, None], np.nextafter(np.float32(0), 1))
+    indices = np.flatnonzero(values >= bounds)
+    rows = indices // width
+    counts = np.bincount(rows, minlength=len(values))
+    if counts.max() <= k:
+        return indices
+    columns = np.arange(len(indices)) - (counts.cumsum() - counts)[rows]
+    candidates = np.full((len(values), counts.max()), -np.inf, dtype=np.float32)
+    candidates[rows, columns] = chosen = values.reshape(-1)[indices]
+    candidates.partition(candidates.shape[1] - k, axis=1)
+    return indices[chosen >= candidates[rows, -k]]
+
+
 class QuickTopKTrainingSAE(TopKTrainingSAE):
     """TopK with sums over the active latents, where these are few, on the CPU in float32."""
 
@@ -161,10 +189,8 @@ class QuickTopKTrainingSAE(TopKTrainingSAE):
 
     def active_indices(self, scored: Float[Tensor, "batch d_sae"]) -> Int[Tensor, " n"]:
         """Indices into the flattened pre-activations of each row's k largest, where positive."""
-        k, values = int(self.cfg.k), scored.numpy()
-        least = np.partition(values, -k, axis=1)[:, -k:].min(axis=1, keepdims=True)
-        indices = np.flatnonzero(values >= np.maximum(least, np.nextafter(np.float32(0), 1)))
-        if len(indices) <= k * len(values):
+        indices = largest_of_rows(scored.numpy(), k := int(self.cfg.k))
+        if len(indices) <= k * len(scored):
             return torch.from_numpy(indices)
         # More than k of a row, of which some are equal.
         top = scored.topk(k, dim=-1, sorted=False)
@@ -214,33 +240,27 @@ class QuickTopKTrainingSAE(TopKTrainingSAE):
 
 
 class QuickBatchTopK(BatchTopK):
-    """Keeps the k * n largest activations of a batch of n rows, where they are positive.
-
-    The smallest of them is found with a partition instead of a sort; of equal activations, the
-    first are kept. On devices other than the CPU, sae-lens' implementation is used.
-    """
+    """Keeps the k * n largest activations of a batch of n rows, where they are positive, and of
+    equal ones the first. On devices other than the CPU, sae-lens' implementation is used."""
 
     least: float | None = None
     """The smallest activation kept in the last batch; None where sae-lens' code selected them."""
 
     def forward(self, x: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
         """The activations, with zeros for those that are not kept."""
-        n = int(self.k * x.shape[:-1].numel())
         self.least = None
+        n = int(self.k * x.shape[:-1].numel())
         if x.device.type != "cpu" or x.dtype != torch.float32 or not 0 < n < x.numel():
             return super().forward(x)
-        values = x.detach().numpy()
-        ordered = np.partition(values, x.numel() - n, axis=None)
-        least = ordered[-n]
-        if not least > 0:
+        values = x.detach().reshape(-1, x.shape[-1])
+        top = self.indices(values)
+        if self.least is None:
             return x.relu()
-        self.least = float(least)
-        largest = functional.threshold(x, float(np.nextafter(least, np.float32(0))), 0.0)
-        if ordered[:-n].max() < least:
-            return largest
-        equal = np.flatnonzero(values == least)
-        excess = torch.from_numpy(equal[np.count_nonzero(ordered[-n:] == least) :])
-        return largest.flatten().index_fill(0, excess, 0.0).view_as(x)
+        below = np.nextafter(np.float32(self.least), np.float32(0))
+        largest = functional.threshold(x, float(below), 0.0)
+        equal = (values.flatten() == self.least).nonzero().flatten()
+        excess = equal[~torch.isin(equal, top)]
+        return largest.flatten().index_fill(0, excess, 0.0).view_as(x) if len(excess) else largest
 
     def indices(self, x: Float[Tensor, "batch d_sae"]) -> Int[Tensor, " n"]:
         """Indices into the flattened `x` of what is kept and positive; `x` as `forward` takes it,
@@ -249,14 +269,13 @@ class QuickBatchTopK(BatchTopK):
         self.least = None
         if not 0 < n < len(values):
             return torch.from_numpy(np.flatnonzero(values > 0) if n else np.empty(0, np.int64))
-        least = np.partition(values, len(values) - n)[-n]
-        if not least > 0:
-            return torch.from_numpy(np.flatnonzero(values > 0))
-        self.least = float(least)
-        top = np.flatnonzero(values >= least)
+        top = largest_of_rows(values[None], n)
+        if len(top) < n:
+            return torch.from_numpy(top)
+        self.least = float(values[top].min())
         if len(top) > n:
             # Of equal activations, the first are kept.
-            equal = np.flatnonzero(values[top] == least)
+            equal = np.flatnonzero(values[top] == self.least)
             top = np.delete(top, equal[len(equal) - (len(top) - n) :])
         return torch.from_numpy(top)
 
@@ -360,23 +379,6 @@ def _largest(values: Float[Tensor, " m"], n: int) -> Float[Tensor, " at_most_n"]
     return torch.from_numpy(np.partition(values.numpy(), len(values) - n)[len(values) - n :])
 
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Parameters of glibc's `mallopt`."""
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Let glibc keep up to 256 MB that a step has freed, for the next step.
-
-    By default it returns tensors of a few MB to the system, whose pages are then filled with zeros
-    again: a fifth of the time of a step of a small SAE. Does nothing without glibc.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_TRIM_THRESHOLD, 2**28)
-        # Its largest value.
-        libc.mallopt(_MMAP_THRESHOLD, 2**25)
-
-
 class Trainer(SAETrainer[Any, Any]):
     """sae-lens' trainer, whose batches may be parts of those of several processes.
 
@@ -386,11 +388,10 @@ class Trainer(SAETrainer[Any, Any]):
 
     def __init__(self, cfg: SAETrainerConfig, sae: Any, processes: Processes = ALONE) -> None:
         super().__init__(cfg, sae, iter(()))
-        if sae.device.type == "cpu":
-            keep_freed_memory()
-            if isinstance(sae, QuickTopKTrainingSAE):
-                for group in self.optimizer.param_groups:
-                    group["fused"] = True
+        keep_freed_memory(sae.device)
+        if sae.device.type == "cpu" and isinstance(sae, QuickTopKTrainingSAE):
+            for group in self.optimizer.param_groups:
+                group["fused"] = True
         self.processes = processes
         self._n_rows = 0
         """Rows of the current batch, of all processes."""

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -108,26 +109,37 @@ def test_a_shard_that_is_damaged_while_it_is_read_is_one_clear_error(sharded, da
     assert "00003.safetensors cannot be read" in message_of(lambda: values[rows])
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux counts mapped pages")
-def test_random_rows_of_a_large_store_do_not_stay_in_memory(tmp_path):
+def peak_of(read) -> int:
+    """Bytes by which the resident memory of this process grows at most while `read` runs."""
+    Path("/proc/self/clear_refs").write_text("5", "utf-8")
+    before = _resident("VmRSS")
+    read()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux resets a process's peak memory"
+)
+def test_random_rows_of_a_large_shard_are_unmapped_while_the_next_are_read(tmp_path):
     n_rows, width = 2**16, 128
-    ingredients = {"weights": "w"}
     rows = pd.DataFrame({"text_id": np.arange(n_rows), "token_index": 0, "token_id": 0})
-    store = ActivationStore.create_or_open(tmp_path, ingredients, rows, shard_rows=n_rows // 4)
-    at = Hookpoint(0, "resid_post")
-    for index in range(4):
-        store.write_shard(at, index, torch.full((n_rows // 4, width), float(index)))
+    store = ActivationStore.create_or_open(tmp_path, {"weights": "w"}, rows, shard_rows=n_rows)
+    written = torch.arange(n_rows, dtype=torch.float32)[:, None].expand(n_rows, width)
+    store.write_shard(Hookpoint(0, "resid_post"), 0, written)
     values, rng = store.values(0), np.random.default_rng(0)
-    for _ in range(16):
-        chosen = rng.integers(0, n_rows, n_rows // 16)
-        assert torch.equal(values[chosen][:, 5].long(), torch.from_numpy(chosen // (n_rows // 4)))
-    resident, is_store = 0, False
-    for line in Path("/proc/self/smaps").read_text("utf-8").splitlines():
-        if "-" in line.split()[0]:
-            is_store = str(store.path) in line
-        elif is_store and line.startswith("Rss:"):
-            resident += int(line.split()[1])
-    assert resident < 1024, "kB of the 32 MB of the store"
+
+    def read() -> None:
+        for _ in range(4):
+            chosen = rng.integers(0, n_rows, n_rows // 16)
+            assert torch.equal(values[chosen][:, 5].long(), torch.from_numpy(chosen))
+
+    read()
+    assert peak_of(read) < 2**24, "of the 32 MB of the shard, whose rows are all over it"
 
 
 def test_shuffled_batches_of_several_shards_are_those_of_one_tensor(sharded):

@@ -3,6 +3,7 @@
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from saexp.config import SAETrainerConfig
 from saexp.models import Hookpoint
 from saexp.saes.training import TrainingSource
 from saexp.saes.training_architectures import training_sae
-from saexp.saes.training_step import Active, SparseReconstruction
+from saexp.saes.training_step import Active, SparseReconstruction, largest_of_rows
 from tests.unit.saes.lens_training import lens_trainer
 from tests.unit.saes.make import D_IN, points
 
@@ -90,6 +91,29 @@ def test_it_is_trained_as_sae_lens_trains_its_own(
         t.build_train_step_log_dict(o, 1) for t, o in zip(trainers, (own, other), strict=True)
     ]
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("width", "k"), [(256, 1), (256, 8), (1027, 5), (64, 8), (40, 12), (512, 3)]
+)
+@pytest.mark.parametrize("kind", ["random", "neighbours", "equal", "columns", "negative"])
+def test_the_largest_of_rows_are_those_of_a_sort(width: int, k: int, kind: str) -> None:
+    """Also where the largest are in one group, equal, in the same columns, or below 0."""
+    rng = np.random.default_rng(width + k)
+    values = rng.normal(size=(32, width)).astype(np.float32)
+    if kind == "neighbours":
+        groups = np.arange(width) % (width // max(1, min(16, width // (4 * k))))
+        values += 5 * (groups < 2)
+    elif kind == "equal":
+        values = values.round()
+    elif kind == "columns":
+        values[:, : k + 1] += 9
+    elif kind == "negative":
+        values -= 2.5
+    for rows, n in ((values, k), (values.reshape(1, -1), 32 * k)):
+        least = np.sort(rows, axis=1)[:, -n, None]
+        expected = np.flatnonzero((rows >= least) & (rows > 0))
+        assert np.array_equal(largest_of_rows(rows, n), expected)
 
 
 def test_of_equal_activations_k_are_active() -> None:
