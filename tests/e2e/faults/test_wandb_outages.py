@@ -28,7 +28,7 @@ from tests.e2e.faults.wandb_server import (
     wandb_server,
 )
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.run_outputs import _wandb_run
+from tests.unit.reports.run_outputs import wandb_run
 
 FIXED = ["intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0", FEW_NEUTRAL]
 FIXED += ["cache_dir=../cache", "hydra.run.dir=.", "hydra.sweep.dir=sweep"]
@@ -188,7 +188,7 @@ def check_outage(run: Ended, mode: str, least_waited: float) -> None:
     assert waited < least_waited + WAITING_SECONDS
     (hint,) = hints(result)
     (file,) = (folder / hint).glob("*.wandb")
-    about = _wandb_run(file)
+    about = wandb_run(file)
     assert about["exit_code"] == 0
     assert any(key.startswith("tables/latents") for key in about["keys"])
     assert "collection/n_rows" in about["summary"]
@@ -221,7 +221,7 @@ def test_a_server_that_answers_needs_no_hint(started: Callable[..., Ended], mode
     assert not hints(result)
     assert "saexp.tracking.wandb][WARNING" not in result.out + result.err
     assert any("media/table/tables/latents" in path for path in requests)
-    assert _wandb_run(recorded(folder)[0])["exit_code"] == 0
+    assert wandb_run(recorded(folder)[0])["exit_code"] == 0
 
 
 def test_a_refused_key_is_one_line_before_any_work(started: Callable[..., Ended]) -> None:
@@ -310,7 +310,7 @@ def test_neither_logging_nor_the_end_of_the_process_waits_for_a_server_that_hang
     assert process.returncode == 0, process.stderr
     assert float(process.stdout) < DELAY_SECONDS
     offline = next(f for f in recorded(folder) if f.parent.name.startswith("offline-"))
-    assert {"tables/t2/nrows", "figures/f2/path"} <= _wandb_run(offline)["keys"]
+    assert {"tables/t2/nrows", "figures/f2/path"} <= wandb_run(offline)["keys"]
 
 
 def test_threads_of_the_users_own_end_before_the_process_does(started: Callable[..., Any]) -> None:

@@ -81,16 +81,17 @@ def _records(file: Path) -> Iterator[Any]:
 
 
 def wandb_runs(folder: Path) -> list[dict[str, Any]]:
-    """Offline W&B runs anywhere below, oldest first: group, job_type, exit_code, logged keys.
-
-    W&B's own process writes the file, and may end that after the run is finished; it is waited for.
-    """
+    """Offline W&B runs anywhere below, oldest first: group, job_type, exit_code, logged keys."""
     # Not by the folders' names: they hold whole seconds, and then random letters.
-    runs = [_whole_wandb_run(file) for file in folder.rglob("offline-run-*/*.wandb")]
+    runs = [wandb_run(file) for file in folder.rglob("offline-run-*/*.wandb")]
     return sorted(runs, key=lambda run: run["started"])
 
 
-def _whole_wandb_run(file: Path) -> dict[str, Any]:
+def wandb_run(file: Path) -> dict[str, Any]:
+    """What a run's file holds, as of `_wandb_run`, once it is whole; or what there is after 20 s.
+
+    W&B's own process writes it, and may end that after the run's process has ended.
+    """
     from google.protobuf.message import DecodeError
 
     began = time.monotonic()
