@@ -365,7 +365,8 @@ class WandbTracker(NullTracker):
         if not self.online:
             raise error
         self._give_up()
-        if not (ended_by_wandb and self._failure is None):
+        # W&B's process may also have ended while it finished the run.
+        if not ended_by_wandb or self._failure is not None or service_ended():
             again = Call(lambda: self._record_offline(exit_code))
             if not again.join(_RECORD_SECONDS) or self.run is None:
                 log.warning("W&B records only a part of this run (%s)", brief(error))
