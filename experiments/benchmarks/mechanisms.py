@@ -177,6 +177,18 @@ def no_quick_batchtopk() -> Iterator[None]:
 
 
 @contextmanager
+def no_kept_memory() -> Iterator[None]:
+    """glibc returns the memory of freed tensors to the system."""
+    from saexp.models import loading
+    from saexp.saes import training_step
+
+    with ExitStack() as stack:
+        for module in (loading, training_step):
+            stack.enter_context(patch.object(module, "keep_freed_memory", lambda _: None))
+        yield
+
+
+@contextmanager
 def no_garbage_settings() -> Iterator[None]:
     """Python's own thresholds; `command_line` leaves out the rest."""
     assert gc.isenabled()
@@ -197,6 +209,7 @@ MECHANISMS: dict[str, tuple[Callable[[], Any], Sequence[str]]] = {
     "claimed rows": (no_claims, ("two_processes",)),
     "object cache": (no_object_cache, ("sweep_cells",)),
     "sums over active latents (BatchTopK)": (no_quick_batchtopk, ("train",)),
+    "kept memory": (no_kept_memory, ("default_run", "corpus", "train")),
     "garbage collection settings": (no_garbage_settings, tuple(COMMANDS)),
 }
 

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
@@ -30,11 +30,8 @@ from saexp.models import Hookpoint
 
 log = logging.getLogger(__name__)
 
-_WRITTEN_TOGETHER, _WRITTEN_BYTES = 16, 2**23
-"""So many batches, or of so many bytes, are handed to the writing thread at once: the two threads
-then wait less often for Python's lock."""
-_QUEUED_WRITES = 2
-"""Writes that may be pending; with `_WRITTEN_BYTES`, or one batch, they bound the memory."""
+_QUEUED_BATCHES = 2
+"""Batches that may wait to be written; memory is bounded by them."""
 
 ValueErrorOf = Callable[[Hookpoint, int, bool], StoreError]
 """(hookpoint, text id, whether it is NaN) -> the error for a value that is not finite."""
@@ -233,13 +230,10 @@ class ShardJob:
         self.prefetch = prefetch or Prefetch([])
         self.writers: dict[Hookpoint, ShardWriter] = {}
 
-    def write(self, batches: Sequence[Batch], error_of: ValueErrorOf) -> None:
-        """Write rows; raises `error_of(…)` for NaN and Inf at a hookpoint of this run."""
-        for batch in batches:
-            if len(batch.rows):
-                self._write_batch(batch, error_of)
-
-    def _write_batch(self, batch: Batch, error_of: ValueErrorOf) -> None:
+    def write(self, batch: Batch, error_of: ValueErrorOf) -> None:
+        """Write a batch's rows; raises `error_of(…)` for NaN and Inf at a hookpoint of this run."""
+        if not len(batch.rows):
+            return
         for hookpoint, wait in batch.host.items():
             acts = wait()
             finite = finite_rows(acts)
@@ -389,19 +383,12 @@ class _Collection:
             # At most the previous shard is still being written.
             self._wait_for_writes(1)
             rows = np.arange(*self.store.shard_bounds[job.index])
-            row_bytes = len(job.hookpoints) * self.collector.model.d_model * job.dtype.itemsize
-            pending: list[Batch] = []
             for batch in self.collector.batches(self.request, rows, job.hookpoints):
                 self.forwarded += batch.n_tokens
                 self.padded += batch.n_padding
-                pending.append(batch)
-                n_bytes = sum(len(b.rows) for b in pending) * row_bytes
-                if len(pending) >= _WRITTEN_TOGETHER or n_bytes >= _WRITTEN_BYTES:
-                    self.writing.append(writer.submit(job.write, pending, self._not_finite))
-                    pending = []
-                    self._wait_for_writes(_QUEUED_WRITES)
+                self.writing.append(writer.submit(job.write, batch, self._not_finite))
+                self._wait_for_writes(_QUEUED_BATCHES)
                 bar.update(len(batch.rows))
-            self.writing.append(writer.submit(job.write, pending, self._not_finite))
             self.writing.append(writer.submit(job.finish))
         except BaseException:
             # Queued behind pending writes, so that nothing is written after it.
