@@ -7,8 +7,8 @@
 speed: tokens per second of `task=collect dataset=corpus positions=all` into an empty store,
 tokenized beforehand, and of the bare forward pass of the required blocks on the same packed
 batches, in turn, each in a process of its own. On a CPU both are per CPU second, because wall time
-depends on what else the machine does, and there are two references: `speed_kept` keeps freed memory
-as saexp does, `speed` has glibc's defaults, as any other program.
+depends on what else the machine does, and there are two references: `speed` has glibc's defaults,
+as saexp and any other program, and `speed_kept` lets glibc keep all freed memory, a faster limit.
 memory: peak resident memory of a process that collects, at 1 x and at 4 x the tokens;
 memory_dashboard, memory_stats, memory_train (from the store) and memory_evaluate: of these tasks.
 tokenization: tokens per second of tokenizing and packing, and of `datasets.map` with as many
@@ -152,13 +152,15 @@ def bare_pass(job: dict[str, Any], *, keeps_memory: bool) -> Work:
 
     import saexp
     from saexp.models.forward import TokenBudget
-    from saexp.models.resolution import keep_freed_memory
     from saexp.pipeline.collect import open_corpus
 
     cfg = compose(job)
     model = saexp.build("model", cfg.model)
     if keeps_memory:
-        keep_freed_memory(model.device)
+        # Its import frees large blocks, after which glibc keeps more memory by itself.
+        from saexp.saes.training_step import keep_freed_memory
+
+        keep_freed_memory()
     corpus = open_corpus(cfg, model)
     per_pass = max(1, TokenBudget("auto", model.device).tokens // corpus.context_size)
     batches = []
@@ -167,7 +169,6 @@ def bare_pass(job: dict[str, Any], *, keeps_memory: bool) -> Work:
         ids = torch.from_numpy(corpus.ids(contexts, model.pad_id))
         mask = torch.arange(ids.shape[1]) < torch.from_numpy(corpus.lengths(contexts))[:, None]
         batches.append((ids.to(model.device), mask.long().to(model.device)))
-    # The model that saexp loads would set how glibc keeps memory.
     hf = transformers.AutoModelForCausalLM.from_pretrained(
         model.source, dtype=getattr(torch, job["dtype"])
     )

@@ -179,12 +179,9 @@ def no_quick_batchtopk() -> Iterator[None]:
 @contextmanager
 def no_kept_memory() -> Iterator[None]:
     """glibc returns the memory of freed tensors to the system."""
-    from saexp.models import loading
     from saexp.saes import training_step
 
-    with ExitStack() as stack:
-        for module in (loading, training_step):
-            stack.enter_context(patch.object(module, "keep_freed_memory", lambda _: None))
+    with patch.object(training_step, "keep_freed_memory", lambda: None):
         yield
 
 
@@ -209,7 +206,7 @@ MECHANISMS: dict[str, tuple[Callable[[], Any], Sequence[str]]] = {
     "claimed rows": (no_claims, ("two_processes",)),
     "object cache": (no_object_cache, ("sweep_cells",)),
     "sums over active latents (BatchTopK)": (no_quick_batchtopk, ("train",)),
-    "kept memory": (no_kept_memory, ("default_run", "corpus", "train")),
+    "kept memory (training)": (no_kept_memory, ("train",)),
     "garbage collection settings": (no_garbage_settings, tuple(COMMANDS)),
 }
 

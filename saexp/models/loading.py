@@ -32,7 +32,6 @@ from saexp.models.resolution import (
     dequantized,
     dequantizing,
     find_source,
-    keep_freed_memory,
     missing_weights,
     pick_device,
     pick_precision,
@@ -99,14 +98,16 @@ class LanguageModel:
         A GGUF file is dequantised into a folder of `cache_dir`, once; without it, in memory, each
         time the weights are read.
         """
-        self.cfg, self.name = cfg, cfg.name
+        self.cfg = cfg
+        self.name = cfg.name
         files = find_source(cfg)
         self.source, self.gguf_file = files.path, files.gguf_file
         self._read_options = {"gguf_file": files.gguf_file.name} if files.gguf_file else {}
         self.device = pick_device(cfg.device)
         if files.gguf_file is not None:
             self._prepare_gguf(files.gguf_file, cache_dir)
-        self.in_memory, self.prepend_bos = False, cfg.prepend_bos
+        self.in_memory = False
+        self.prepend_bos = cfg.prepend_bos
         self.observed = ObservedBehavior()
         self._hf: Any = None
         # The shipped files hold every value and a plain tokenizer. The architecture's own classes
@@ -155,14 +156,14 @@ class LanguageModel:
         parameter = next(hf.parameters())
         model.cfg = ModelConfig(name=name)
         model.name, model.source, model.in_memory, model.plain = name, name, True, False
-        model.prepend_bos, model._read_options, model._quantization = None, {}, {}
+        model.prepend_bos, model._read_options = None, {}
+        model._quantization = {}
         model.observed = ObservedBehavior()
         model.device = parameter.device
         model.precision = Precision(parameter.dtype, "the model in memory")
         model._hf, model.config = hf.eval(), hf.config
         reset_rope_before_passes(hf)
         make_head_input_contiguous(hf)
-        keep_freed_memory(model.device)
         if tokenizer is not None:
             model.__dict__["tokenizer"] = tokenizer
         return model
@@ -286,7 +287,6 @@ class LanguageModel:
             self._hf = placed.eval().requires_grad_(False)
             reset_rope_before_passes(placed)
             make_head_input_contiguous(placed)
-            keep_freed_memory(self.device)
             if self.plain:
                 self.config = placed.config
                 self.__dict__.pop("text_config", None)

@@ -2,16 +2,13 @@
 
 The files are shipped, made by `make real-model`, in a folder, a GGUF file, or on the hub."""
 
-import ctypes
 import json
 import logging
 import pickle
 import re
-import sys
 import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -257,25 +254,6 @@ def pick_device(name: str) -> torch.device:
     if not available.get(name.partition(":")[0], False):
         raise ModelError(f"device={name} is not on this machine; try device=auto")
     return torch.device(name)
-
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Parameters of glibc's `mallopt`."""
-
-
-@cache
-def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU, let glibc keep up to 256 MB that a forward pass or a training step has freed.
-
-    By default it returns tensors of a few MB to the system, and the pages of the next ones are
-    filled with zeros again: a tenth to a fifth of the time of a pass of a small model, and of a
-    step of a small SAE. The setting is the process's. Does nothing without glibc.
-    """
-    is_possible = device.type == "cpu" and sys.platform == "linux"
-    if is_possible and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_TRIM_THRESHOLD, 2**28)
-        # Its largest value.
-        libc.mallopt(_MMAP_THRESHOLD, 2**25)
 
 
 def native_dtypes(device: torch.device) -> frozenset[torch.dtype]:

@@ -13,6 +13,9 @@ numbers of rows. What depends on the batch in other ways is combined too: the k 
 activations of BatchTopK, and which latents were active. All processes then make the same update.
 """
 
+import ctypes
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,7 +31,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from saexp.distributed import ALONE, Processes
-from saexp.models.resolution import keep_freed_memory
 
 SPARSE_RATIO = 8
 """Sums over active latents are used where d_sae is at least this times k; where more latents are
@@ -379,6 +381,23 @@ def _largest(values: Float[Tensor, " m"], n: int) -> Float[Tensor, " at_most_n"]
     return torch.from_numpy(np.partition(values.numpy(), len(values) - n)[len(values) - n :])
 
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's `mallopt`."""
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 256 MB that a step has freed, for the next step.
+
+    By default it returns tensors of a few MB to the system, whose pages are then filled with zeros
+    again: a fifth of the time of a step of a small SAE. Does nothing without glibc.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_TRIM_THRESHOLD, 2**28)
+        # Its largest value.
+        libc.mallopt(_MMAP_THRESHOLD, 2**25)
+
+
 class Trainer(SAETrainer[Any, Any]):
     """sae-lens' trainer, whose batches may be parts of those of several processes.
 
@@ -388,10 +407,11 @@ class Trainer(SAETrainer[Any, Any]):
 
     def __init__(self, cfg: SAETrainerConfig, sae: Any, processes: Processes = ALONE) -> None:
         super().__init__(cfg, sae, iter(()))
-        keep_freed_memory(sae.device)
-        if sae.device.type == "cpu" and isinstance(sae, QuickTopKTrainingSAE):
-            for group in self.optimizer.param_groups:
-                group["fused"] = True
+        if sae.device.type == "cpu":
+            keep_freed_memory()
+            if isinstance(sae, QuickTopKTrainingSAE):
+                for group in self.optimizer.param_groups:
+                    group["fused"] = True
         self.processes = processes
         self._n_rows = 0
         """Rows of the current batch, of all processes."""

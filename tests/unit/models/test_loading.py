@@ -1,7 +1,6 @@
 """What a model says about itself before and after its weights are read, and its errors."""
 
 import json
-import platform
 import re
 from pathlib import Path
 
@@ -13,8 +12,7 @@ from saexp.config import ModelConfig
 from saexp.errors import ModelError
 from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel, load_model
-from saexp.models.resolution import SHIPPED, keep_freed_memory, pick_device
-from tests import interpreters
+from saexp.models.resolution import SHIPPED, pick_device
 from tests.random_models import D_MODEL, N_LAYERS, random_hf, random_lm, save, tokenizer
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -244,44 +242,3 @@ def test_the_head_reads_selected_positions_as_a_contiguous_copy(folder):
     handle.remove()
     assert are_contiguous == [True, True]
     torch.testing.assert_close(last, every[:, -2:])
-
-
-_PASSES = """
-import resource
-import torch
-from saexp.models.resolution import keep_freed_memory
-
-def new_pages():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(2):
-        tensors = [torch.ones(2**22) for _ in range(12)]
-        del tensors
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-before = new_pages()
-keep_freed_memory(torch.device("cpu"))
-new_pages()
-print(before, new_pages())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
-def test_memory_that_tensors_have_freed_is_kept_for_the_next_ones():
-    """By default glibc returns it, so that most pages of 192 MB are new each time."""
-    done = interpreters.run(["-c", _PASSES])
-    assert done.returncode == 0, done.stderr
-    before, after = map(int, done.stdout.split())
-    assert before > 2 * 16_384
-    assert after < 1024
-
-
-def test_every_model_on_the_cpu_keeps_freed_memory(folder):
-    def n_calls() -> int:
-        about = keep_freed_memory.cache_info()
-        return about.hits + about.misses
-
-    before = n_calls()
-    model = load(folder)
-    assert n_calls() == before
-    LanguageModel.wrap(model.hf)
-    assert n_calls() == before + 2
