@@ -1,5 +1,5 @@
-"""What a run works with: its folder, timed stages, progress bars, objects shared between runs, and
-signals that end it.
+"""What a run works with: its folder, timed stages, progress bars, objects shared between runs, the
+memory of its process, and signals that end it.
 
 SIGTERM (SLURM, `docker stop`), SIGHUP (closed terminal) and Ctrl-C raise an exception in the main
 thread, so that a job cleans up as after an error. Existing handlers stay in place: `nohup` ignores
@@ -7,6 +7,8 @@ SIGHUP, and submitit requeues a job on SIGUSR1 or SIGUSR2.
 """
 
 import contextlib
+import ctypes
+import functools
 import gc
 import logging
 import multiprocessing
@@ -323,6 +325,23 @@ class ObjectCache:
         """Drop everything."""
         self._loaded.clear()
         self._results.clear()
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's `mallopt`."""
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 256 MB that a step has freed, for the next step.
+
+    By default it returns tensors of a few MB to the system, whose pages are then filled with zeros
+    again: a fifth of the time of a step of a small SAE. Does nothing without glibc.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_TRIM_THRESHOLD, 2**28)
+        # Its largest value.
+        libc.mallopt(_MMAP_THRESHOLD, 2**25)
 
 
 @dataclass

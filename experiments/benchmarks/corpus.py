@@ -151,15 +151,13 @@ def bare_pass(job: dict[str, Any], *, keeps_memory: bool) -> Work:
     from peers import bare_forward
 
     import saexp
+    from saexp.context import keep_freed_memory
     from saexp.models.forward import TokenBudget
     from saexp.pipeline.collect import open_corpus
 
     cfg = compose(job)
     model = saexp.build("model", cfg.model)
     if keeps_memory:
-        # Its import frees large blocks, after which glibc keeps more memory by itself.
-        from saexp.saes.training_step import keep_freed_memory
-
         keep_freed_memory()
     corpus = open_corpus(cfg, model)
     per_pass = max(1, TokenBudget("auto", model.device).tokens // corpus.context_size)

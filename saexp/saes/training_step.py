@@ -13,9 +13,6 @@ numbers of rows. What depends on the batch in other ways is combined too: the k 
 activations of BatchTopK, and which latents were active. All processes then make the same update.
 """
 
-import ctypes
-import functools
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,6 +27,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from torch.nn import functional
 
+from saexp.context import keep_freed_memory
 from saexp.distributed import ALONE, Processes
 
 SPARSE_RATIO = 8
@@ -242,16 +240,15 @@ class QuickTopKTrainingSAE(TopKTrainingSAE):
 
 
 class QuickBatchTopK(BatchTopK):
-    """Keeps the k * n largest activations of a batch of n rows, where they are positive, and of
-    equal ones the first. On devices other than the CPU, sae-lens' implementation is used."""
+    """Keeps the k * n largest activations of a batch of n rows, where positive, and of equal ones
+    the first. On devices other than the CPU, sae-lens' implementation is used."""
 
     least: float | None = None
     """The smallest activation kept in the last batch; None where sae-lens' code selected them."""
 
     def forward(self, x: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
         """The activations, with zeros for those that are not kept."""
-        self.least = None
-        n = int(self.k * x.shape[:-1].numel())
+        self.least, n = None, int(self.k * x.shape[:-1].numel())
         if x.device.type != "cpu" or x.dtype != torch.float32 or not 0 < n < x.numel():
             return super().forward(x)
         values = x.detach().reshape(-1, x.shape[-1])
@@ -379,23 +376,6 @@ def _largest(values: Float[Tensor, " m"], n: int) -> Float[Tensor, " at_most_n"]
     if values.device.type != "cpu" or values.dtype != torch.float32:
         return values.topk(n, sorted=False).values
     return torch.from_numpy(np.partition(values.numpy(), len(values) - n)[len(values) - n :])
-
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Parameters of glibc's `mallopt`."""
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Let glibc keep up to 256 MB that a step has freed, for the next step.
-
-    By default it returns tensors of a few MB to the system, whose pages are then filled with zeros
-    again: a fifth of the time of a step of a small SAE. Does nothing without glibc.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_TRIM_THRESHOLD, 2**28)
-        # Its largest value.
-        libc.mallopt(_MMAP_THRESHOLD, 2**25)
 
 
 class Trainer(SAETrainer[Any, Any]):
