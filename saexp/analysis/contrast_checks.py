@@ -1,6 +1,5 @@
 """Checks of a contrast: power, placebo trials, and a baseline from the surface of the prompts."""
 
-import hashlib
 import logging
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ from saexp.analysis import Split
 from saexp.config import AnalyzerConfig
 from saexp.context import ObjectCache, progress
 from saexp.data.tokenization import TokenizedText
+from saexp.digests import digest_of
 from saexp.errors import counted
 from saexp.results import Result, is_above_chance, p_value_words
 from saexp.stats.separation import stratified_rank_test, stratum_weights
@@ -122,27 +122,13 @@ def fit_surface(
     same rows: no latent is read, so that the cells of a sweep over layers have the same baseline.
     Raises DataError where a group has too few units for cross-validation.
     """
-    if objects is None:
-        return _fit_surface(read, first, units, counts, seed)
-    rows = list(zip(map(astuple, read), first.tolist(), map(str, units), strict=True))
-    content = repr((rows, sorted(counts.items()), seed))
-    key = f"surface baseline {hashlib.sha256(content.encode()).hexdigest()}"
-    baseline = objects.get(key)
-    if baseline is None:
-        baseline = _fit_surface(read, first, units, counts, seed)
-        objects.put(key, baseline, baseline.n_bytes)
-    return baseline
-
-
-def _fit_surface(
-    read: Sequence[ReadText],
-    first: Bool[np.ndarray, " n"],
-    units: Shaped[np.ndarray, " n"],
-    counts: Mapping[int, int],
-    seed: int,
-) -> SurfaceBaseline:
     from saexp.stats.separation import fit_logistic, folds, limited
 
+    rows = list(zip(map(astuple, read), first.tolist(), map(str, units), strict=True))
+    key = digest_of("surface baseline", rows, sorted(counts.items()), seed)
+    known = None if objects is None else objects.get(key)
+    if known is not None:
+        return known
     keys = [(str(u), r.text, len(r.ids)) for u, r in zip(units, read, strict=True)]
     order = np.array(sorted(range(len(read)), key=lambda i: (keys[i], bool(first[i]))))
     chosen = order[limited(np.arange(len(order)), MAX_TRAIN, seed)]
@@ -150,7 +136,10 @@ def _fit_surface(
     features, matrix = _Features.fit([read[i] for i in chosen], counts)
     pairs = folds(first, units, seed)
     fitted = fit_logistic(matrix, first, STRENGTHS, pairs, standardise=False)
-    return SurfaceBaseline(features, fitted)
+    baseline = SurfaceBaseline(features, fitted)
+    if objects is not None:
+        objects.put(key, baseline, baseline.n_bytes)
+    return baseline
 
 
 def observation_scores(

@@ -318,3 +318,38 @@ def test_threads_of_the_users_own_end_before_the_process_does(started: Callable[
     process, _ = started(*SCRIPTS[0])
     assert process.returncode == 3, process.stderr
     assert "worked" in process.stdout
+
+
+ENDED_WHILE_FINISHING = """
+import logging
+from pathlib import Path
+from saexp.config import TrackerConfig
+from saexp.tracking.outages import service
+from saexp.tracking.wandb import WandbTracker
+logging.basicConfig(format="%(message)s")
+tracker = WandbTracker(TrackerConfig(kind="wandb", mode="offline"))
+tracker.start(folder=Path.cwd(), config={}, name="n", job_type="analyze", group=None)
+# An online run, but for the server.
+tracker.online = True
+tracker.metrics({"collection/n_rows": 3})
+kind = type(tracker.run)
+finish = kind.finish
+def ends(run, **_):
+    kind.finish = finish
+    service().kill()
+    raise ConnectionError("abandoned")
+kind.finish = ends
+tracker.finish(0)
+"""
+
+
+def test_a_run_whose_process_of_wandb_ends_while_it_is_finished_is_recorded_again(
+    tmp_path: Path,
+) -> None:
+    done = interpreters.run(["-c", ENDED_WHILE_FINISHING], tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = re.findall(r"\(abandoned\); to upload it type: wandb sync (\S+)", done.stderr)
+    (file,) = (tmp_path / folder).glob("*.wandb")
+    about = wandb_run(file)
+    assert about["exit_code"] == 0
+    assert about["summary"]["collection/n_rows"] == 3

@@ -15,6 +15,7 @@ from saexp.config import AnalyzerConfig
 from saexp.context import ObjectCache
 from saexp.latents import Latents
 from saexp.results import Result
+from saexp.stats import separation
 from saexp.stats.separation import stratum_weights
 from tests.unit.analysis.simulate import GROUPS, KNOWN, TYPES, activations, rows_table
 from tests.unit.analysis.surface_texts import names, placed
@@ -158,11 +159,11 @@ def test_without_a_selected_latent_there_is_nothing_to_compare(inputs: AnalysisI
 def test_runs_that_share_objects_fit_the_baseline_once_with_the_numbers_of_runs_alone(
     inputs: AnalysisInputs, result: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from saexp.analysis import contrast_checks
-
     fits: list[int] = []
-    fit = contrast_checks._fit_surface
-    monkeypatch.setattr(contrast_checks, "_fit_surface", lambda *a: fits.append(1) or fit(*a))
+    fit = separation.fit_logistic
+    monkeypatch.setattr(
+        separation, "fit_logistic", lambda *a, **options: fits.append(1) or fit(*a, **options)
+    )
     objects = ObjectCache()
     other_latents = Latents(inputs.latents.csr[:, ::-1].copy(), inputs.latents.rows)
     for latents in (inputs.latents, other_latents):
