@@ -16,13 +16,14 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import cheap_composition
+from tests import cheap_composition, unsynced
 
 # Workers of pytest-xdist, and other jobs, share the cores; so deadlines mean nothing here.
 torch.set_num_threads(1)
 settings.register_profile("saexp", deadline=None, derandomize=True, database=None)
 settings.load_profile("saexp")
 cheap_composition.install()
+unsynced.install()
 
 LONG = (
     "faults/test_signals",

@@ -22,7 +22,7 @@ from plotly.offline import get_plotlyjs
 
 import saexp
 from saexp.reports import Chart, bar, environment, scatter, style
-from tests import cheap_composition
+from tests import cheap_composition, unsynced
 
 for module in pkgutil.walk_packages(saexp.__path__, "saexp."):
     if not module.name.endswith("__main__"):
@@ -33,6 +33,7 @@ with warnings.catch_warnings():
 
 torch.set_num_threads(1)
 cheap_composition.install()
+unsynced.install()
 # Hydra's plugins, what plotly imports with a figure, and templates of pages.
 saexp.compose([])
 chart = Chart.with_panels(1, 1, ["t"])
