@@ -34,8 +34,10 @@ with warnings.catch_warnings():
 torch.set_num_threads(1)
 cheap_composition.install()
 unsynced.install()
-# Hydra's plugins, what plotly imports with a figure, and templates of pages.
-saexp.compose([])
+# Hydra's plugins, configs of common commands, what plotly imports with a figure, and templates of
+# pages.
+for words in ([], ["intervention=none"], ["task=collect"], ["tracker=none"]):
+    saexp.compose(words)
 chart = Chart.with_panels(1, 1, ["t"])
 for trace in (scatter(x=pd.Series([0.5])), bar(y=pd.Series([0.5]))):
     chart.add_trace(trace)

@@ -2,9 +2,6 @@
 
 import errno
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -41,24 +38,26 @@ with holding(Path(sys.argv[1])):
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def holder(tmp_path: Path) -> Iterator[interpreters.Process]:
     """Another process that holds the folder `busy`."""
-    words = [sys.executable, "-c", HOLD, str(tmp_path / "busy")]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process
-        stop(process)
+    process = interpreters.Process(["-c", HOLD, str(tmp_path / "busy")])
+    deadline = time.monotonic() + 120
+    while process.read()[0] != "held\n":
+        assert process.poll() is None, process.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    yield process
+    stop(process)
 
 
-def stop(process: subprocess.Popen[str]) -> None:
-    process.send_signal(signal.SIGKILL)
+def stop(process: interpreters.Process) -> None:
+    process.kill()
     process.wait()
 
 
 @pytest.mark.parametrize("words", [["hydra.run.dir=busy"], ["-m", "hydra.sweep.dir=busy"]])
 def test_a_second_run_in_a_folder_is_one_line_and_touches_nothing(
-    tmp_path: Path, holder: subprocess.Popen[str], words: list[str]
+    tmp_path: Path, holder: interpreters.Process, words: list[str]
 ) -> None:
     (tmp_path / "busy" / "metrics.json").write_text("of the first")
     before = sorted(os.listdir(tmp_path / "busy"))
@@ -73,7 +72,7 @@ def test_a_second_run_in_a_folder_is_one_line_and_touches_nothing(
     assert (tmp_path / "busy" / "metrics.json").read_text() == "of the first"
 
 
-def test_a_killed_run_leaves_its_folder_free(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+def test_a_killed_run_leaves_its_folder_free(tmp_path: Path, holder: interpreters.Process) -> None:
     stop(holder)
     assert (tmp_path / "busy" / LOCK).is_file()
     for _ in range(2):
@@ -112,7 +111,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def test_a_run_inside_of_a_running_sweep_is_one_line_and_touches_nothing(
     tmp_path: Path,
-    holder: subprocess.Popen[str],  # noqa: ARG001
+    holder: interpreters.Process,  # noqa: ARG001
 ) -> None:
     result = command(tmp_path, "hydra.run.dir=busy/cell", *SMALL, "layer=1")
     assert result.code == 1
@@ -123,7 +122,7 @@ def test_a_run_inside_of_a_running_sweep_is_one_line_and_touches_nothing(
 
 def test_a_sweep_in_whose_folder_another_run_has_a_cell_is_one_line_and_touches_nothing(
     tmp_path: Path,
-    holder: subprocess.Popen[str],  # noqa: ARG001
+    holder: interpreters.Process,  # noqa: ARG001
 ) -> None:
     (tmp_path / "busy/.hydra").mkdir()
     (tmp_path / "busy/.hydra/config.yaml").write_text("of the first")
@@ -137,7 +136,7 @@ def test_a_sweep_in_whose_folder_another_run_has_a_cell_is_one_line_and_touches_
 
 def test_a_cell_whose_folder_another_run_has_leaves_that_runs_files(
     tmp_path: Path,
-    holder: subprocess.Popen[str],  # noqa: ARG001
+    holder: interpreters.Process,  # noqa: ARG001
 ) -> None:
     (tmp_path / "busy/error.txt").write_text("of the first")
     with (
