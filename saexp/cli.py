@@ -353,11 +353,16 @@ def _guarded() -> None:
         )
 
 
+def _running_sweep() -> Path | None:
+    """Folder of the sweep that this process runs and has not finished."""
+    # Only what was imported can run one; importing it would take seconds before an error is shown.
+    running = getattr(sys.modules.get("saexp.sweeps.planning"), "running", None)
+    return None if running is None else running()
+
+
 def _write_launcher_error(error: Exception) -> Path | None:
     """Write a launcher's error with its traceback to the sweep's folder; returns the file."""
-    from saexp.sweeps import planning
-
-    folder = planning.running()
+    folder = _running_sweep()
     if folder is None:
         return None
     path = Path(os.path.relpath(folder)) / "launcher_error.txt"
@@ -372,27 +377,29 @@ def _write_launcher_error(error: Exception) -> Path | None:
 def _folder_error(error: Exception) -> StoreError | None:
     """The error if Hydra could not write to the folder of this process's run or sweep."""
     from saexp.pipeline.run_folder import reserved
-    from saexp.sweeps import planning
 
     if isinstance(error, ValueError) and isinstance(error.__cause__, OSError):
         # Raised by logging, which could not open the log file.
         error = error.__cause__
-    if folder := planning.running():
+    if folder := _running_sweep():
         return cannot_write_run(error, folder, option=SWEEP_FOLDER)
     return cannot_write_run(error, reserved() or Path.cwd())
 
 
 def _cells_running() -> bool:
     """Whether cells of this process's sweep run in other processes."""
+    folder = _running_sweep()
+    if folder is None:
+        return False
     from saexp.pipeline.run_folder import LOCK
-    from saexp.sweeps import planning
 
-    folder = planning.running()
-    return folder is not None and any(folder.glob(f"*/{LOCK}"))
+    return any(folder.glob(f"*/{LOCK}"))
 
 
 def _end_of_sweep() -> None:
     """After a sweep: write its table and report, from whatever cells there are."""
+    if _running_sweep() is None:
+        return
     from saexp.sweeps import planning
 
     planning.finish(lambda summary: print(summary, flush=True))

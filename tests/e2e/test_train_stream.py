@@ -1,10 +1,13 @@
 """task=train on a corpus that is streamed: single and several SAEs, kills, sweeps, bad input."""
 
 import json
+import logging
 import random
 import re
+import shutil
 import signal
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,6 +22,7 @@ from saexp.models.resolution import ASSETS
 from saexp.pipeline.training_stream import StreamedData, split
 from saexp.results import Result
 from tests import interpreters
+from tests.unit.reports.run_outputs import command
 
 WORDS = [
     "task=train",
@@ -67,6 +71,31 @@ def assert_same_sae(one: Path, other: Path) -> None:
     assert {n: True for n in first} == {n: torch.equal(w, second[n]) for n, w in first.items()}
 
 
+class Alone(NamedTuple):
+    """A run of one SAE and what it logged."""
+
+    result: Result
+    messages: list[str]
+
+
+@pytest.fixture(scope="module")
+def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    folder, messages = tmp_path_factory.mktemp("alone"), []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("saexp")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    words = ["layer=2", "sae_trainer.options.k=8"]
+    try:
+        result = trained(corpus, folder / "cache", folder / "run", *words)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+    return Alone(result, messages)
+
+
 @pytest.fixture(scope="module")
 def together(corpus: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     return trained(corpus, cache, tmp_path_factory.mktemp("together"), *SEVERAL)
@@ -77,20 +106,17 @@ def data_of(corpus: Path, cache: Path, *words: str) -> StreamedData:
     return StreamedData(cfg, saexp.build("model", cfg.model), saexp.context.ObjectCache())
 
 
-def test_each_sae_is_the_one_that_is_trained_alone(
-    together: Result, corpus: Path, cache: Path, tmp_path: Path
-) -> None:
-    words = ["layer=2", "sae_trainer.options.k=8"]
-    alone = trained(corpus, cache, tmp_path / "run", *words)
-    assert together.path is not None
+def test_each_sae_is_the_one_that_is_trained_alone(together: Result, alone: Alone) -> None:
+    one = alone.result
+    assert together.path is not None and one.path is not None
     label = "layer_2_k_8"
-    assert_same_sae(together.path / "sae" / label, tmp_path / "run" / "sae")
-    for metric, value in alone.metrics.items():
+    assert_same_sae(together.path / "sae" / label, one.path / "sae")
+    for metric, value in one.metrics.items():
         if metric.startswith(("sparsity/", "reconstruction/", "train/ce", "train/held")):
             assert together.metrics[f"{metric}_{label}"] == value, metric
     # Four SAEs of two layers cost the model no more tokens than one.
     forwarded = "collection/tokens_forwarded"
-    assert together.metrics[forwarded] == alone.metrics[forwarded]
+    assert together.metrics[forwarded] == one.metrics[forwarded]
 
 
 def test_the_first_batch_and_the_scale_are_of_the_models_own_activations(
@@ -149,7 +175,9 @@ def test_positions_of_high_norm_are_left_out_of_training_and_counted(
 def test_a_corpus_that_is_too_short_is_repeated_and_counted(
     corpus: Path, cache: Path, tmp_path: Path
 ) -> None:
-    run = trained(corpus, cache, tmp_path / "run", "sae_trainer.n_samples=38400")
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(corpus.read_text("utf-8").splitlines(True)[:60]), encoding="utf-8")
+    run = trained(short, cache, tmp_path / "run", "sae_trainer.buffer_rows=512")
     assert run.metrics["train/epochs"] > 2
     (note,) = (n for n in run.notes if "tokens were read" in n)
     assert "and was read again from its beginning in another order" in note
@@ -158,21 +186,17 @@ def test_a_corpus_that_is_too_short_is_repeated_and_counted(
     assert list(history["tokens"]) == list(128 * history["step"])
     # Vectors are read before they are consumed; both are counted in tokens of the corpus.
     last = history["epoch"].iloc[-1]
-    assert run.metrics["train/epochs"] - 2048 / 12_000 <= last < run.metrics["train/epochs"]
+    assert run.metrics["train/epochs"] - 1024 / 2_000 <= last < run.metrics["train/epochs"]
     title = run.figures["losses"].layout.xaxis.title.text
     assert title == f"training step ({last:.2f} epochs)"
 
 
-def test_a_forecast_comes_before_the_first_step(
-    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level("INFO"):
-        run = trained(corpus, tmp_path / "cache", tmp_path / "run")
+def test_a_forecast_comes_before_the_first_step(alone: Alone) -> None:
     (number, forecast), *others = [
-        (i, m) for i, m in enumerate(caplog.messages) if m.startswith("collecting: the first step")
+        (i, m) for i, m in enumerate(alone.messages) if m.startswith("collecting: the first step")
     ]
     assert not others
-    steps = [i for i, m in enumerate(caplog.messages) if m.startswith(("train:", "training 1"))]
+    steps = [i for i, m in enumerate(alone.messages) if m.startswith(("train:", "training 1"))]
     assert number < min(steps)
     pattern = (
         r".* after 2,048 positions \(sae_trainer.buffer_rows\), in about \d+ s at (\d+) tokens/s; "
@@ -182,7 +206,7 @@ def test_a_forecast_comes_before_the_first_step(
     assert match is not None, forecast
     assert int(match[1]) > 0
     # Special tokens are sent through the model and not measured.
-    n_measured = run.metrics["sparsity/n_positions"]
+    n_measured = alone.result.metrics["sparsity/n_positions"]
     assert n_measured is not None
     assert n_measured <= int(match[2].replace(",", "")) <= 1.1 * n_measured
 
@@ -227,20 +251,36 @@ saexp.run(saexp.compose(sys.argv[4:]), sys.argv[3])
 """
 
 
-def test_a_pass_that_is_killed_at_any_moment_goes_on_to_the_same_weights(
-    corpus: Path, cache: Path, tmp_path: Path
-) -> None:
-    rng = random.Random(1)
+class Killed(NamedTuple):
+    """A run that nothing happened to, and the cache of the same run, killed at a random moment."""
+
+    words: list[str]
+    whole: Result
+    cache: Path
+
+
+@pytest.fixture(scope="module")
+def killed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    folder, rng = tmp_path_factory.mktemp("killed"), random.Random(1)
     words = ["layer=[1,2]", "sae_trainer.lr=0.002"]
-    whole = trained(corpus, cache, tmp_path / "whole", *words)
-    arguments = [*WORDS, *words, f"cache_dir={cache}", f"dataset.path={corpus}"]
-    moment = [str(rng.randrange(30, 76)), f"{rng.uniform(0, 0.2):.3f}"]
-    code = ["-W", "ignore", "-c", KILLED, *moment, str(tmp_path / "killed")]
+    whole = trained(corpus, folder / "cache", folder / "whole", *words)
+    arguments = [*WORDS, *words, f"cache_dir={folder}/cache", f"dataset.path={corpus}"]
+    moment = [str(rng.randrange(42, 76)), f"{rng.uniform(0, 0.2):.3f}"]
+    code = ["-W", "ignore", "-c", KILLED, *moment, str(folder / "killed")]
     done = interpreters.run([*code, *arguments])
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    again = trained(corpus, cache, tmp_path / "again", *words)
+    return Killed(words, whole, folder / "cache")
+
+
+def test_a_pass_that_is_killed_at_any_moment_goes_on_to_the_same_weights(
+    killed: Killed, corpus: Path, tmp_path: Path
+) -> None:
+    cache = shutil.copytree(killed.cache, tmp_path / "cache")
+    again = trained(corpus, cache, tmp_path / "again", *killed.words)
+    whole = killed.whole
+    assert whole.path is not None
     for label in ("layer_1", "layer_2"):
-        assert_same_sae(tmp_path / "whole" / "sae" / label, tmp_path / "again" / "sae" / label)
+        assert_same_sae(whole.path / "sae" / label, tmp_path / "again" / "sae" / label)
     pd.testing.assert_frame_equal(whole.tables["training"], again.tables["training"])
     assert (
         again.metrics["collection/tokens_forwarded"]
@@ -251,24 +291,20 @@ def test_a_pass_that_is_killed_at_any_moment_goes_on_to_the_same_weights(
 
 
 def test_a_damaged_checkpoint_of_the_stream_only_costs_time(
-    corpus: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    killed: Killed, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    words = ["layer=[1,2]", "sae_trainer.lr=0.005"]
-    whole = trained(corpus, cache, tmp_path / "whole", *words)
-    arguments = [*WORDS, *words, f"cache_dir={cache}", f"dataset.path={corpus}"]
-    code = ["-W", "ignore", "-c", KILLED, "50", "0", str(tmp_path / "killed")]
-    done = interpreters.run([*code, *arguments])
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    cache = shutil.copytree(killed.cache, tmp_path / "cache")
     files = list((cache / "training").glob("*/step_*/buffer.safetensors"))
     assert len(files) == 2
     for file in files:
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
-    trained(corpus, cache, tmp_path / "again", *words)
+    trained(corpus, cache, tmp_path / "again", *killed.words)
     assert caplog.text.count("buffer.safetensors was changed since it was written") == 2
-    for label in whole.tables["saes"]["sae"]:
-        assert_same_sae(tmp_path / "whole" / "sae" / label, tmp_path / "again" / "sae" / label)
+    assert killed.whole.path is not None
+    for label in killed.whole.tables["saes"]["sae"]:
+        assert_same_sae(killed.whole.path / "sae" / label, tmp_path / "again" / "sae" / label)
 
 
 @pytest.mark.parametrize(
@@ -308,18 +344,17 @@ def test_a_sweep_trains_all_its_saes_in_the_first_cells_pass(
 ) -> None:
     words = [w for w in WORDS if not w.startswith("layer")]
     words += [f"dataset.path={corpus}", f"cache_dir={tmp_path}/cache"]
-    sweep = ["-m", "layer=1,2", "sae_trainer.options.k=8,16,500"]
-    words += [f"hydra.sweep.dir={tmp_path}/sweep"]
-    done = interpreters.run(["-W", "ignore", "-m", "saexp", *sweep, *words])
-    assert "sae_trainer.options.k=500 is above width=64" in done.stderr, done.stderr[-2000:]
+    sweep = ["-m", "layer=1,2", "sae_trainer.options.k=8,500"]
+    done = command(tmp_path, *sweep, *words, "hydra.sweep.dir=sweep")
+    assert "sae_trainer.options.k=500 is above width=64" in done.err, done.err[-2000:]
     cells = sorted((tmp_path / "sweep").glob("[0-9]_*"))
     metrics = [
         json.loads((c / "metrics.json").read_text()) for c in cells if (c / "metrics.json").exists()
     ]
-    assert len(metrics) == 4
+    assert len(metrics) == 2
     forwarded = [m["collection/tokens_forwarded"] for m in metrics]
-    assert forwarded == [together.metrics["collection/tokens_forwarded"], 0, 0, 0]
-    labels = ["layer_1_k_8", "layer_1_k_16", "layer_2_k_8", "layer_2_k_16"]
+    assert forwarded == [together.metrics["collection/tokens_forwarded"], 0]
+    labels = ["layer_1_k_8", "layer_2_k_8"]
     finished = [c for c in cells if (c / "metrics.json").exists()]
     assert together.path is not None
     for label, cell, numbers in zip(labels, finished, metrics, strict=True):

@@ -19,18 +19,16 @@ WORDS = [
     "layer=2",
     "width=128",
     "dataset.n_examples=60",
-    "sae_trainer.n_samples=8000",
+    "sae_trainer.n_samples=4000",
     "sae_trainer.batch_size=128",
     "sae_trainer.checkpoint_every=10",
     "sae_trainer.log_every=5",
 ]
 VARIANTS = "sae_trainer.variants=[{k:8},{k:16},{name:standard,l1_coefficient:0.5,seed:3}]"
 SEVERAL = ["layer=[1,2]", "width=[64,128]", VARIANTS]
-ALONE = {
-    "layer_1_width_64_batchtopk_k_8_seed_0": ["layer=1", "width=64", "sae_trainer.options.k=8"],
-    "layer_2_width_128_batchtopk_k_16_seed_0": ["layer=2", "width=128"],
-}
-"""Label -> the words of the same SAE trained alone."""
+FIRST = "layer_1_width_64_batchtopk_k_8_seed_0"
+PLAIN = "layer_2_width_128_batchtopk_k_16_seed_0"
+"""Labels of two of these."""
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -55,20 +53,27 @@ def assert_same_sae(one: Path, other: Path) -> None:
         assert torch.equal(values, dict(second.named_buffers())[name]), name
 
 
-@pytest.mark.parametrize("label", ALONE)
+@pytest.fixture(scope="module")
+def plain(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """The SAE of `PLAIN` trained alone."""
+    return trained(cache, tmp_path_factory.mktemp("plain"))
+
+
+@pytest.mark.parametrize("label", [FIRST, PLAIN])
 def test_each_sae_is_the_one_that_is_trained_alone(
-    together: Result, cache: Path, tmp_path: Path, label: str
+    together: Result, plain: Result, cache: Path, tmp_path: Path, label: str
 ) -> None:
-    alone = trained(cache, tmp_path / "run", *ALONE[label])
-    assert together.path is not None
-    assert_same_sae(together.path / "sae" / label, tmp_path / "run" / "sae")
+    words = ["layer=1", "width=64", "sae_trainer.options.k=8"]
+    alone = plain if label == PLAIN else trained(cache, tmp_path / "run", *words)
+    assert together.path is not None and alone.path is not None
+    assert_same_sae(together.path / "sae" / label, alone.path / "sae")
     for name in ("training", "density", "active", "values"):
         table = together.tables[name]
         own = table[table["sae"] == label].drop(columns="sae").reset_index(drop=True)
         expected = alone.tables[name]
         pd.testing.assert_frame_equal(own[list(expected.columns)], expected)
     history = alone.tables["training"]
-    n_trained_on = json.loads((tmp_path / "run/provenance.json").read_text("utf-8"))["n_trained_on"]
+    n_trained_on = json.loads((alone.path / "provenance.json").read_text("utf-8"))["n_trained_on"]
     assert list(history["tokens"]) == list(128 * history["step"])
     assert list(history["epoch"] * n_trained_on) == pytest.approx(list(history["tokens"]))
     assert alone.metrics["train/epochs"] == history["epoch"].iloc[-1]
@@ -78,11 +83,11 @@ def test_each_sae_is_the_one_that_is_trained_alone(
 
 
 def test_a_variants_seed_changes_its_initial_weights_and_not_the_data(
-    cache: Path, tmp_path: Path
+    plain: Result, cache: Path, tmp_path: Path
 ) -> None:
     words = ["sae_trainer.variants=[{seed:0},{seed:5}]"]
     both = trained(cache, tmp_path / "both", *words).tables["training"].groupby("sae")
-    first = trained(cache, tmp_path / "first").tables["training"]
+    first = plain.tables["training"]
     same = both.get_group("seed_0").drop(columns="sae").reset_index(drop=True)
     pd.testing.assert_frame_equal(same, first)
     other = both.get_group("seed_5").drop(columns="sae").reset_index(drop=True)
@@ -166,14 +171,15 @@ def test_one_that_diverges_does_not_stop_the_others(
     assert "training 1 SAE: about" not in caplog.text
 
 
-def test_stored_activations_are_evaluated_when_asked_for(cache: Path, tmp_path: Path) -> None:
+def test_stored_activations_are_evaluated_when_asked_for(
+    plain: Result, cache: Path, tmp_path: Path
+) -> None:
     """As task=evaluate measures the trained SAE on the same held-out texts."""
-    run = trained(cache, tmp_path / "run", "sae_trainer.evaluate_every=30")
+    run = trained(cache, tmp_path / "run", "sae_trainer.evaluate_every=15")
     known = run.tables["training"].dropna(subset=["ce_loss_score"])
-    assert list(known["step"]) == [30, 60, 62]
+    assert list(known["step"]) == [15, 30, 31]
     assert run.metrics["train/ce_loss_score"] == known["ce_loss_score"].iloc[-1]
-    without = trained(cache, tmp_path / "without")
-    assert "ce_loss_score" not in without.tables["training"]
-    assert_same_sae(tmp_path / "run" / "sae", tmp_path / "without" / "sae")
+    assert "ce_loss_score" not in plain.tables["training"] and plain.path is not None
+    assert_same_sae(tmp_path / "run" / "sae", plain.path / "sae")
     assert run.metrics["collection/tokens_forwarded"] > 0
-    assert without.metrics["collection/tokens_forwarded"] == 0
+    assert plain.metrics["collection/tokens_forwarded"] == 0

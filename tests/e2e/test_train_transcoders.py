@@ -17,7 +17,6 @@ from saexp.reports.analysis import headline
 from saexp.results import Result
 from saexp.saes import training as module
 from saexp.saes.training import TRANSCODERS
-from tests.shipped_texts import FEW_NEUTRAL
 
 WORDS = [
     "task=train",
@@ -162,31 +161,17 @@ def test_the_report_names_both_hookpoints(runs: dict[tuple[str, bool], Result]) 
     assert cfg["metadata"]["training_architecture"] == "batchtopk_transcoder"
 
 
-def test_what_was_trained_is_analysed_and_spliced(cache: Path, tmp_path: Path) -> None:
-    """Spliced in on the texts it was trained on, it does what the MLP does, better than zeros."""
-    words = ["sae_trainer=batchtopk_transcoder", BOTH, "sae_trainer.n_samples=50000"]
-    sae_folder = trained(cache, tmp_path / "train", *words).path / "sae"
-    common = [
-        "sae=local",
-        f"sae.path={sae_folder}",
-        "layer=2",
-        "tracker=none",
-        f"cache_dir={cache}2",
-    ]
-    less = [
-        "dataset.n_examples=20",
-        "analyzer.n_bootstrap=0",
-        "analyzer.n_background=500",
-        FEW_NEUTRAL,
-    ]
-    cfg = saexp.compose([*common, *less, "intervention=none"])
-    result = saexp.run(cfg, tmp_path / "contrast")
-    assert result.metrics["check/explained_variance"] > 0.7
-    evaluated = saexp.run(
-        saexp.compose([*common, "task=evaluate", "task.n_texts=40"]), tmp_path / "evaluate"
-    ).metrics
-    assert evaluated["reconstruction/explained_variance"] > 0.7
-    assert evaluated["reconstruction/ce_sae"] < evaluated["reconstruction/ce_zero"]
+def test_what_was_trained_is_spliced(
+    runs: dict[tuple[str, bool], Result], cache: Path, tmp_path: Path
+) -> None:
+    """Spliced in on the texts it was trained on, it does what the MLP does, better than zeros.
+    Runs that analyse a transcoder are in test_transcoder_run.py."""
+    sae_folder = runs["batchtopk_transcoder", True].path / "sae"
+    words = ["task=evaluate", "task.n_texts=40", "task.n_bootstrap=0", "layer=2", "tracker=none"]
+    words += ["sae=local", f"sae.path={sae_folder}", f"cache_dir={cache}"]
+    metrics = saexp.run(saexp.compose(words), tmp_path / "evaluate").metrics
+    assert metrics["reconstruction/explained_variance"] > 0.7
+    assert metrics["reconstruction/ce_sae"] < metrics["reconstruction/ce_zero"]
 
 
 @pytest.mark.parametrize("streams", ["attn_z,attn_out"])

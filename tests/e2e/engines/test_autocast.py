@@ -1,5 +1,6 @@
 """Training with matrix products in bfloat16 and float32 weights, and on a device of its own."""
 
+import itertools
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from saexp.saes.training import Training, TrainingSource
 from saexp.tasks.train import _resolved
 from tests.train_alone import train_alone
 
-D_IN, D_SAE, BATCH, N_STEPS = 32, 128, 256, 300
+D_IN, D_SAE, BATCH, N_STEPS = 32, 128, 256, 250
 OPTIONS: dict[str, dict[str, Any]] = {
     "batchtopk": {"k": 4},
     "topk": {"k": 4},
@@ -27,13 +28,16 @@ SOURCE = TrainingSource("random", Hookpoint(0, "resid_post"), D_IN, 16)
 DICTIONARY = torch.randn(D_SAE, D_IN, generator=torch.Generator().manual_seed(1))
 
 
-def reader(step: int) -> Iterator[Tensor]:
+@cache
+def batch(step: int) -> Tensor:
     """Sparse sums of the rows of a dictionary."""
-    while True:
-        rng = torch.Generator().manual_seed(step)
-        latents = torch.rand(BATCH, D_SAE, generator=rng)
-        yield (latents * (latents > 0.97)) @ DICTIONARY
-        step += 1
+    latents = torch.rand(BATCH, D_SAE, generator=torch.Generator().manual_seed(step))
+    return (latents * (latents > 0.97)) @ DICTIONARY
+
+
+def reader(step: int) -> Iterator[Tensor]:
+    """The batches of the steps from this one on."""
+    return map(batch, itertools.count(step))
 
 
 @pytest.fixture(scope="module")

@@ -34,9 +34,9 @@ ADD_AT_ONCE = ("random-gpt_neox", "random-phi")
 GRIDS = [
     (architecture, list(UNTOUCHED)[(i + 3 * k) % len(UNTOUCHED)])
     for i, architecture in enumerate(ARCHITECTURES)
-    for k in range(3)
+    for k in range(2)
 ]
-"""Three hookpoints for each architecture, so that each hookpoint is tried in four of them."""
+"""Two hookpoints for each architecture, so that each hookpoint is tried in several of them."""
 
 
 def grid(model: LanguageModel, at: Hookpoint, places: Callable[[int], int]) -> list[Row]:
@@ -220,7 +220,7 @@ UNLIKE = {
 
 
 @pytest.mark.parametrize("config", UNLIKE)
-@pytest.mark.parametrize("layer", [0, 1, 2, 3])
+@pytest.mark.parametrize("layer", [1, 3])
 def test_models_whose_blocks_share_more_than_the_stream(config: str, layer: int) -> None:
     model = of_config(config, **UNLIKE[config])
     for position_of in (lambda _: 0, lambda n: n - 1):

@@ -41,7 +41,7 @@ def alone(name: str, row: Row) -> list[int]:
     return plain_generate(rope_lm(name), row.ids, N_NEW, hooked)
 
 
-@pytest.mark.parametrize("name", ROPE_MODELS)
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 def test_24_texts_across_the_original_context_equal_plain_generate_of_single_rows(name):
     some = rows()
     assert len(some) == 24

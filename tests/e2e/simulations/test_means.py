@@ -21,7 +21,7 @@ def test_ratios_over_clusters_are_covered(n: int) -> None:
     assert ((low <= 1) & (high >= 1)).mean() >= 0.92
 
 
-@pytest.mark.parametrize("n", [10, 30, 200])
+@pytest.mark.parametrize("n", [10, 30])
 def test_differences_within_strata_are_covered(n: int) -> None:
     """Types 80/20 against 20/80 that differ by 3; the groups differ by 0.5 within each."""
     kinds = np.array(["a", "b"])

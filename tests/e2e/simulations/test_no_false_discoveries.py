@@ -72,36 +72,26 @@ def test_the_true_labels_are_found(latents: Latents) -> None:
     assert metrics["contrast/n_significant_test"] > 5  # type: ignore[operator]
 
 
-def test_shuffled_labels(latents: Latents) -> None:
-    """At most 5 % of 20 shuffles have any latent at q <= 0.05."""
-    counts = np.array(
-        [
-            contrast_of(latents, shuffled(latents.rows, seed)).metrics["contrast/n_significant"]
-            for seed in range(20)
-        ]
-    )
-    assert (counts > 0).mean() <= 0.05
-
-
-@pytest.mark.parametrize("share", [0.06, 0.9])
-def test_shuffled_labels_of_unequal_groups(latents: Latents, share: float) -> None:
-    """Where the plain normal approximation finds something in most of them."""
-    results = [contrast_of(latents, redrawn(latents.rows, seed, share)) for seed in range(20)]
-    assert np.mean([r.metrics["contrast/n_significant"] != 0 for r in results]) <= 0.05
+@pytest.mark.parametrize("share", [None, 0.06])
+def test_shuffled_labels(latents: Latents, share: float | None) -> None:
+    """No latent at q <= 0.05 in 10 shuffles, and in 10 draws of very unequal groups, where the
+    plain normal approximation finds something in most of them."""
+    for seed in range(10):
+        rows = shuffled(latents.rows, seed) if share is None else redrawn(latents.rows, seed, share)
+        assert contrast_of(latents, rows).metrics["contrast/n_significant"] == 0
 
 
 LEVEL = 0.05
 
 
-@pytest.mark.parametrize("effect", [0.0, 3.0])
-def test_the_share_of_permuted_labels_is_the_error_rate_of_the_claim(effect: float) -> None:
-    """Whatever the effect of the labels themselves: a claim on one latent's p-value."""
-    train, test = split(1, effect), split(2, effect)
+def test_the_share_of_permuted_labels_is_the_error_rate_of_the_claim() -> None:
+    """Though the labels themselves have an effect: a claim on one latent's p-value."""
+    train, test = split(1, 3.0), split(2, 3.0)
 
     def claims(_: Split, test: Split) -> bool:
         return stratified_rank_test(test.csr[:, :1], test.first, test.strata).p_value[0] <= LEVEL
 
-    assert claims(train, test) == (effect > 0)
+    assert claims(train, test)
     m = placebo_labels(claims, train, test, 800, 0).metrics
     assert m["placebo/label_fraction_n"] == 800
     low, high = m["placebo/label_fraction_ci_low"], m["placebo/label_fraction_ci_high"]
@@ -121,8 +111,6 @@ def test_the_whole_contrast_finds_nothing_in_permuted_labels() -> None:
     pd.testing.assert_frame_equal(plain.tables["latents"], placebo.tables["latents"])
     assert plain.metrics == {k: v for k, v in m.items() if not k.startswith("placebo/")}
     assert plain.notes == placebo.notes
-    again = contrast(dense, rows, placebo=150)
-    assert again.metrics == m
 
 
 @pytest.mark.parametrize(("n_first", "n_second"), [(10, 190), (100, 100), (450, 50)])

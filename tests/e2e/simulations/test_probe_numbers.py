@@ -9,14 +9,14 @@ from saexp.analysis.probe import Judge
 from tests.simulated import labels
 
 RATES = [0.5, 0.8, 0.97, 0.99]
-SIZES = [10, 30, 200]
+SIZES = [10, 60]
 ROWS_AND_FRACTIONS = [(1, 0.5), (4, 0.3), (4, 0.5), (1, 0.3)]
 DESIGNS = [
     (n, value, *ROWS_AND_FRACTIONS[(i + j) % 4])
     for i, n in enumerate(SIZES)
     for j, value in enumerate(RATES)
 ]
-"""Units of either group, true value, rows of a unit, fraction of the first group: all pairs."""
+"""Units of either group, true value, rows of a unit, fraction of the first group."""
 
 
 def limits(measured: dict[str, float | None], name: str) -> tuple[float, float]:
@@ -40,7 +40,7 @@ def test_an_auroc_is_covered(n: int, value: float, n_rows: int) -> None:
     assert covered / n_runs >= 0.92
 
 
-@pytest.mark.parametrize(("n", "n_rows"), [(10, 1), (10, 4), (30, 4), (200, 1)])
+@pytest.mark.parametrize(("n", "n_rows"), [(10, 4), (30, 1)])
 def test_p_values_of_scores_without_meaning(n: int, n_rows: int) -> None:
     """At most about 5 % of 400 runs are below 0.05, whether rows of a unit agree or differ."""
     first, units = labels(n, 2 * n, n_rows)
@@ -85,7 +85,7 @@ def test_rates_are_covered(n: int, value: float, n_rows: int, fraction: float) -
     assert min(covered.values()) / n_runs >= 0.92, covered
 
 
-@pytest.mark.parametrize("n", [10, 30, 200])
+@pytest.mark.parametrize("n", SIZES)
 def test_units_with_rows_of_both_groups_are_covered(n: int) -> None:
     """Each unit has a row of either group, and both are right or wrong together."""
     units = np.arange(n).astype(object).repeat(2)
@@ -102,7 +102,7 @@ def test_units_with_rows_of_both_groups_are_covered(n: int) -> None:
     assert min(covered.values()) / n_runs >= 0.92, covered
 
 
-@pytest.mark.parametrize("n", [12, 30, 200])
+@pytest.mark.parametrize("n", [12, 60])
 def test_an_auroc_within_kinds_is_covered(n: int) -> None:
     """Every unit has a row of each of three kinds; kinds and units move the scores."""
     first, units = labels(n, n, 3)

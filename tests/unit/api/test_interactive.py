@@ -126,11 +126,23 @@ def test_objects_show_as_html() -> None:
     assert "a &lt; b" in saexp.Result(notes=["a < b"])._repr_html_()
 
 
-def test_importing_saexp_imports_no_torch_and_lists_every_name() -> None:
-    code = "import sys, saexp; assert 'torch' not in sys.modules; print(*dir(saexp))"
-    listing = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+REFUSED = """
+import sys, saexp
+print(*dir(saexp))
+from saexp.cli import main
+try:
+    main()
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
+def test_importing_saexp_and_refusing_a_command_imports_no_torch_and_lists_every_name() -> None:
+    words = [sys.executable, "-c", REFUSED, "layr=3"]
+    listing = subprocess.run(words, capture_output=True, text=True, check=False)
+    (line,) = listing.stderr.splitlines()
+    assert line.startswith("saexp: no key 'layr'; did you mean layer")
+    assert listing.returncode == 1
     assert set(saexp.__all__) <= set(listing.stdout.split())
     for name in saexp.__all__:
         assert getattr(saexp, name) is not None
