@@ -32,7 +32,6 @@ LONG = (
     "test_interventions",
     "test_experiments",
     "real_models/test_gemma",
-    "test_inference",
     "test_sweep",
     "test_train_stream",
     "test_readme",

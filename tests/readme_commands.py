@@ -65,7 +65,7 @@ _MODES = (
 ELSEWHERE = {
     "python -m saexp intervention=clamp 'coefficient=[0,1,1.5]'": _MODES,
     "python -m saexp model=tiny_control": (
-        "tests/e2e/test_inference.py::test_the_negative_control_model_claims_nothing"
+        "tests/e2e/test_run.py::test_the_negative_control_model_claims_nothing"
     ),
     "python -m saexp experiment=memorization intervention=none layer=3": _STUDY,
     "python -m saexp intervention=steer 'coefficient=[0,0.3,0.6]' "
