@@ -47,7 +47,6 @@ LONG = (
     "faults/test_shared_rows",
     "test_report_again",
     "test_shared",
-    "test_mission",
     "faults/test_finished_runs",
     "test_reuse_by_content",
     "test_label",

@@ -90,7 +90,7 @@ ELSEWHERE = {
         "tests/e2e/test_label.py::test_the_shipped_model_knows_what_it_was_trained_on"
     ),
     "python -m saexp model=gemma2b sae=gemmascope layer=12": (
-        "tests/e2e/test_mission.py::test_the_missions_own_command"
+        f"{_GEMMA}test_the_missions_own_command"
     ),
     "python -m saexp -m layer=0,1,2 coefficient=0,0.6": (
         "tests/e2e/test_shared.py::test_a_sweep_over_coefficients_encodes_each_text_set_once"
