@@ -23,8 +23,8 @@ SAEXP = "python -m saexp"
 
 SMALL = (
     "tracker=none dataset.n_examples=24 analyzer.n_bootstrap=10 analyzer.n_background=200 "
-    "intervention.n_prompts=4 intervention.n_choice_prompts=2 intervention.n_controls=1 "
-    f"intervention.max_new_tokens=4 intervention.n_neutral=2 intervention.top_k=1 {FEW_NEUTRAL}"
+    "intervention.n_prompts=2 intervention.n_choice_prompts=1 intervention.n_controls=1 "
+    f"intervention.max_new_tokens=4 intervention.n_neutral=1 intervention.top_k=1 {FEW_NEUTRAL}"
 )
 RUN = {
     "python -m saexp": SMALL,
@@ -36,19 +36,19 @@ RUN = {
     "python -m saexp intervention=patch intervention.layers=all "
     "'intervention.streams=[resid_post,attn_out]'": SMALL,
     "python -m saexp task=evaluate 'layer=[1,2,3]'": (
-        "tracker=none task.n_texts=16 task.n_bootstrap=10"
+        "tracker=none task.n_texts=8 task.n_bootstrap=10"
     ),
     "python -m saexp analyzer=top_features intervention=none 'layer=[1,2]' dataset=text "
     "'dataset.text=\"The player Fenlet Baszad\"' positions=all": SMALL,
     "python -m saexp task=label dataset=memorization": "tracker=none",
     "python -m saexp task=train layer=2 width=512 sae_trainer=topk sae_trainer.n_samples=400000 "
     "dataset=text dataset.path=saexp/assets/tiny/background.txt": (
-        "tracker=none sae_trainer.n_samples=8192 "
+        "tracker=none sae_trainer.n_samples=2048 "
         f"dataset.path={ROOT}/saexp/assets/tiny/background.txt"
     ),
     # The folder named stands for one that a training left; this one is in the same format.
     "python -m saexp sae=local 'sae.path=\"outputs/sweeps/.../sae\"' layer=1": (
-        f"{SMALL} sae.path={ROOT}/saexp/assets/tiny/sae/layer_1/width_256"
+        f"{SMALL} intervention=none sae.path={ROOT}/saexp/assets/tiny/sae/layer_1/width_256"
     ),
 }
 """Command -> words added to it; run by test_readme.py, all with one cache."""
@@ -65,19 +65,23 @@ _MODES = (
 ELSEWHERE = {
     "python -m saexp intervention=clamp 'coefficient=[0,1,1.5]'": _MODES,
     "python -m saexp model=tiny_control": (
-        "tests/e2e/test_inference.py::test_the_negative_control_model_claims_nothing"
+        "tests/e2e/test_run.py::test_the_negative_control_model_claims_nothing"
     ),
     "python -m saexp experiment=memorization intervention=none layer=3": _STUDY,
     "python -m saexp intervention=steer 'coefficient=[0,0.3,0.6]' "
     "'intervention.directions=[latents,mean_difference]'": _MODES,
     "python -m saexp intervention=ablate "
-    "'intervention.outcomes=[refusal,accuracy,answer_logit,neutral_kl]'": _STUDY,
+    "'intervention.outcomes=[refusal,accuracy,answer_logit,neutral_kl]'": _MODES,
     "python -m saexp intervention=ablate layer=2 'intervention.outcomes=[refusal,answer_logit]'": (
-        _STUDY
+        _MODES
     ),
     "python -m saexp intervention=orthogonalize intervention.embedding=true": _MODES,
-    "python -m saexp task=dashboard task.latents=top:20": _STUDY,
-    "python -m saexp analyzer=capability intervention=none dataset=ioi positions=last": _STUDY,
+    "python -m saexp task=dashboard task.latents=top:20": (
+        "tests/e2e/test_dashboard.py::test_the_best_are_what_the_contrast_selects"
+    ),
+    "python -m saexp analyzer=capability intervention=none dataset=ioi positions=last": (
+        f"{_GPT2}test_a_capability"
+    ),
     "python -m saexp analyzer=stats intervention=none experiment=memorization layer=3": _STUDY,
     "python -m saexp analyzer=probe intervention=none": (
         "tests/e2e/test_describe.py::test_files_and_metrics"
@@ -86,7 +90,7 @@ ELSEWHERE = {
         "tests/e2e/test_label.py::test_the_shipped_model_knows_what_it_was_trained_on"
     ),
     "python -m saexp model=gemma2b sae=gemmascope layer=12": (
-        "tests/e2e/test_mission.py::test_the_missions_own_command"
+        f"{_GEMMA}test_the_missions_own_command"
     ),
     "python -m saexp -m layer=0,1,2 coefficient=0,0.6": (
         "tests/e2e/test_shared.py::test_a_sweep_over_coefficients_encodes_each_text_set_once"

@@ -27,9 +27,11 @@ from tests.random_models import D_MODEL, random_hf
 from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.saes.make import parameters, write_saelens
 
-LAYER, D_SAE, NEW_TOKENS = 1, 24, 6
+LAYER, D_SAE, NEW_TOKENS = 1, 24, 5
 LATENTS = (3, 11)
 COEFFICIENTS = (0.0, 3.0)
+CONTROL_KINDS = ("[frequency,random_kl]", "[disruption,random_norm]")
+"""Of half of the scenarios each."""
 WORDS = ["in", "the", "assistant", "user", "artist", "model", "日本", "🙂🙃", "Café", "x", "1987"]
 WORDS += ["e\u0301t\u00e9", "don't", "(so)", "\u2028", "—", "Bresk", "old harbour", "says:"]
 ENTITIES = ["art", "ant", "model", "Café", "Bresk", "user", "So", "🙂🙃", "Fenlet Baszad"]
@@ -353,6 +355,8 @@ def test_the_causal_test_equals_a_plain_loop_of_generate(
             f"intervention.max_new_tokens={NEW_TOKENS}",
             "intervention.outcomes=[length]",
             "intervention.n_controls=1",
+            f"intervention.control_kinds={CONTROL_KINDS[scenario.seed % 2]}",
+            "intervention.n_neutral=1",
             f"coefficient={list(COEFFICIENTS)}".replace(" ", ""),
             "analyzer.n_bootstrap=0",
             "analyzer.n_background=200",

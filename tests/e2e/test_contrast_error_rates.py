@@ -14,7 +14,7 @@ from scipy import sparse, stats
 from saexp.stats.separation import Ranked
 from tests.unit.analysis.simulate import D_SAE, GROUPS, contrast
 
-N_RUNS = 40
+N_RUNS = 20
 LEVEL = 0.05
 
 Design = tuple[np.ndarray, pd.DataFrame]
@@ -120,7 +120,7 @@ def test_a_latent_of_the_group_is_found_in_the_same_data(
 ) -> None:
     """On 85 % of known entities' rows and 15 % of the others'."""
     significant = []
-    for seed in range(10):
+    for seed in range(6):
         rng = np.random.default_rng([seed, 67])
         dense, rows = design(rng)
         rate = np.where(rows["group"] == "known", 0.85, 0.15)

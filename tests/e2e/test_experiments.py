@@ -1,4 +1,7 @@
-"""Every study's run.sh, command by command in this process, under a small overlay."""
+"""Every study's run.sh, command by command in this process, under a small overlay.
+
+Commands whose stages another test runs in the same way are composed only: `ELSEWHERE`.
+"""
 
 import json
 import os
@@ -23,9 +26,9 @@ SCRIPTS = {
 The simulations of `validation` run in tests/e2e/test_inference_table.py.
 """
 SMALL = (
-    "analyzer.n_bootstrap=10 intervention.n_prompts=4 intervention.n_choice_prompts=2 "
+    "analyzer.n_bootstrap=10 intervention.n_prompts=2 intervention.n_choice_prompts=1 "
     "intervention.n_controls=1 intervention.max_new_tokens=4 intervention.top_k=1 "
-    f"intervention.n_neutral=2 dataset.n_examples=60 analyzer.n_background=200 {FEW_NEUTRAL}"
+    f"intervention.n_neutral=1 dataset.n_examples=24 analyzer.n_background=200 {FEW_NEUTRAL}"
 )
 LAYERS = "2"
 """Of the studies' sweeps, instead of all five."""
@@ -35,11 +38,24 @@ OVERLAY = {
     "prompt_features": "intervention.n_controls=1 intervention.max_new_tokens=6 "
     f"analyzer.n_background=200 {FEW_NEUTRAL}",
     "sae_quality": "task.n_texts=12",
-    "train_from_scratch": "width=64 sae_trainer.n_samples=20000",
-    "uncertainty": "analyzer.n_bootstrap=10 analyzer.n_background=200 dataset.n_examples=60 "
+    "train_from_scratch": "width=64 sae_trainer.n_samples=4096",
+    "uncertainty": "analyzer.n_bootstrap=10 analyzer.n_background=200 dataset.n_examples=12 "
     f"{FEW_NEUTRAL}",
 }
 """Words added to every command; `sae_quality` has its own per command."""
+_MODES = (
+    "tests/e2e/test_interventions.py::"
+    "test_every_mode_has_effects_controls_a_report_its_identity_and_leaves_the_weights"
+)
+ELSEWHERE = {
+    "entity_recognition/ablate": _MODES,
+    "entity_recognition/clamp": _MODES,
+    "entity_recognition/orthogonalize": _MODES,
+    "prompt_features/steer": "tests/e2e/test_experiments.py::test_the_notebook_runs_cell_by_cell",
+    "sae_quality/capability": "tests/e2e/real_models/test_gpt2.py::test_a_capability",
+    "sae_quality/dashboard": "tests/e2e/test_dashboard.py",
+}
+"""Study and folder of a run -> test of the same stages."""
 
 
 def commands(study: str, out: Path, cache: Path) -> list[list[str]]:
@@ -73,12 +89,18 @@ def test_every_command_of_a_study_runs(
     commands_of_study = commands(study, tmp_path, cache)
     assert commands_of_study
     monkeypatch.chdir(tmp_path)
+    n_composed = 0
     for words in commands_of_study:
         if any("task.n_texts" in w for w in words) and "experiment=sae_quality" not in words:
             words = [w for w in words if "task.n_texts" not in w]
-        typed(words, monkeypatch)
+        if f"{study}/{words[-1].rpartition('/')[2]}" in ELSEWHERE:
+            saexp.compose([w for w in words[2:] if not w.startswith("hydra.")])
+            n_composed += 1
+        else:
+            typed(words, monkeypatch)
+    assert n_composed == sum(name.startswith(f"{study}/") for name in ELSEWHERE)
     pages = [*(tmp_path / "runs").rglob("*.html")]
-    assert len(pages) >= len(commands_of_study)
+    assert len(pages) >= len(commands_of_study) - n_composed
     assert not list((tmp_path / "runs").rglob("error.txt"))
 
 

@@ -1,4 +1,9 @@
-"""The whole main job on the shipped model: its files, its finding, its second run, a sweep."""
+"""The whole main job on the shipped model: its files, its finding, its second run.
+
+And what the causal test claims: nothing where there is nothing. A claim is a sentence of it: a main
+condition at its chosen coefficient whose Holm corrected rank p against its controls is at most 0.05
+on the test split.
+"""
 
 import json
 import re
@@ -11,14 +16,25 @@ import pandas as pd
 import pytest
 
 import saexp
+from saexp import registry
+from saexp.context import ObjectCache
+from saexp.reports.analysis import headline
 from saexp.results import Result
 from tests.shipped_texts import FEW_NEUTRAL
 
-OVERLAY = ["intervention.n_prompts=20", "analyzer.n_bootstrap=100", "coefficient=[0,0.6]"]
-OVERLAY += ["intervention.n_controls=49", "intervention.n_choice_prompts=10"]
-OVERLAY += ["intervention.max_new_tokens=16"]
+ALPHA = 0.05
+OVERLAY = ["intervention.n_prompts=14", "analyzer.n_bootstrap=100", "coefficient=[0,0.6,0.9]"]
+OVERLAY += ["intervention.n_controls=49", "intervention.n_choice_prompts=12"]
+OVERLAY += ["intervention.n_neutral=4", "intervention.max_new_tokens=12"]
+"""The default's conditions and kinds of controls on fewer prompts, with shorter answers."""
+QUICK = ["intervention.n_prompts=14", "intervention.n_controls=19", "coefficient=[0.6,0.9]"]
+QUICK += ["intervention.n_choice_prompts=10", "intervention.n_curve_controls=4"]
+QUICK += ["intervention.n_neutral=2", "intervention.max_new_tokens=12"]
+QUICK += ["analyzer.n_bootstrap=0", "analyzer.n_background=1000", "analyzer.scores=false"]
 FILES = ("metrics.json", "latents.parquet", "rows.parquet", "effects.parquet")
 FILES += ("report.html", "provenance.json")
+OBJECTS = ObjectCache()
+"""Shared by some runs of this file, as by the cells of a sweep (see test_shared.py)."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +45,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def result(folder: Path) -> Result:
     cfg = saexp.compose(["tracker=jsonl", f"cache_dir={folder}/cache", *OVERLAY])
-    return saexp.run(cfg, folder / "first", command="a test")
+    return saexp.run(cfg, folder / "first", command="a test", objects=OBJECTS)
+
+
+def run(cache: Path, folder: Path, *words: str) -> Result:
+    cfg = saexp.compose(["tracker=none", "device=cpu", f"cache_dir={cache}", *words])
+    return saexp.run(cfg, folder, objects=OBJECTS)
+
+
+@pytest.fixture(scope="module")
+def cache(folder: Path) -> Path:
+    """Activations and generations that all runs share."""
+    return folder / "cache"
 
 
 def test_files_of_the_contract(result: Result) -> None:
@@ -109,10 +136,11 @@ def test_coefficient_zero_is_the_baseline_text_by_text(result: Result) -> None:
 def test_moving_latents_to_the_known_side_ends_refusals(folder: Path) -> None:
     cfg = saexp.compose(
         ["tracker=none", f"cache_dir={folder}/cache", "intervention=clamp", "coefficient=[0,1.5]"]
-        + ["intervention.n_prompts=20", "analyzer.n_bootstrap=0", "intervention.n_controls=4"]
-        + ["intervention.n_choice_prompts=10", "intervention.max_new_tokens=16"]
+        + ["intervention.n_prompts=14", "analyzer.n_bootstrap=0", "intervention.n_controls=2"]
+        + ["intervention.n_choice_prompts=2", "intervention.max_new_tokens=12"]
+        + ["intervention.n_neutral=2", "intervention.top_k=1"]
     )
-    summary = saexp.run(cfg, folder / "clamp").tables["effects_summary"]
+    summary = saexp.run(cfg, folder / "clamp", objects=OBJECTS).tables["effects_summary"]
     at = summary[(summary["coefficient"] == 1.5) & (summary["split"] == "test")]
     moved = at[at["condition"] == "known_group"].iloc[0]
     assert moved["refusal_change"] <= -0.5
@@ -186,6 +214,7 @@ def test_real_entities_serve_any_other_model(tmp_path: Path) -> None:
         + ["tracker=none", f"cache_dir={tmp_path}/cache", "analyzer.n_bootstrap=0"]
         + ["dataset.max_length=60", "intervention.n_prompts=2", "intervention.max_new_tokens=2"]
         + ["analyzer.n_background=300", FEW_NEUTRAL, "intervention.n_controls=1"]
+        + ["intervention.n_choice_prompts=1", "intervention.n_neutral=1", "intervention.top_k=1"]
     )
     result = saexp.run(cfg, tmp_path / "run")
     rows = result.tables["rows"]
@@ -206,3 +235,112 @@ def test_help_needs_no_torch() -> None:
     for word in ("layer ", "width ", "coefficient ", "gemmascope", "entity_last", "tiny_control"):
         assert word in out.stdout
     assert out.stdout.count("python -m saexp") >= 5
+
+
+def main_rows(result: Result) -> pd.DataFrame:
+    """Conditions with a sentence, at their chosen coefficients on the test split."""
+    summary = result.tables.get("effects_summary")
+    if summary is None:
+        return pd.DataFrame({"condition": [], "refusal_p_controls_holm": []})
+    main = ~summary["role"].isin(["control", "baseline"]) & summary["chosen"]
+    return summary[main & summary["refusal_p_controls_holm"].notna()]
+
+
+def claims(result: Result) -> list[str]:
+    """Conditions that the run reports an effect of."""
+    rows = main_rows(result)
+    return rows.loc[rows["refusal_p_controls_holm"] <= ALPHA, "condition"].tolist()
+
+
+def test_the_default_run_claims_the_effect_of_the_latents_for_unknown(result: Result) -> None:
+    assert claims(result) == ["unknown_group"]
+    row = main_rows(result).set_index("condition").loc["unknown_group"]
+    assert row["refusal_change_ci_low"] > 0.5
+    assert result.path is not None
+    sentences = headline(result.path).splitlines()
+    assert any("'unknown'" in s and "rank p = 0.02" in s for s in sentences)
+    assert any("'known'" in s and "not distinguishable from its controls" in s for s in sentences)
+
+
+def test_its_p_is_the_largest_rank_p_over_the_kinds_that_are_achieved(result: Result) -> None:
+    """Recomputed from the rows of single prompts, by counting."""
+    row = main_rows(result).set_index("condition").loc["unknown_group"]
+    controls = result.tables["controls"]
+    own_controls = controls[
+        (controls["of"] == "unknown_group") & (controls["coefficient"] == row["coefficient"])
+    ]
+    effects = result.tables["effects"]
+    effects = effects[effects["split"] == "test"].astype({"refusal": float})
+    at = effects[effects["coefficient"] == row["coefficient"]]
+    rates = at.groupby("condition")["refusal"].mean()
+    p_values = {}
+    for kind, part in own_controls[own_controls["matched"]].groupby("control_kind"):
+        if len(part) < 19:
+            continue
+        values = np.array([rates["unknown_group"], *rates[part["condition"].tolist()]])
+        distance = np.abs(values - np.median(values))
+        p_values[kind] = (distance >= distance[0] - 1e-12).sum() / len(values)
+    assert p_values, "no kind of control is achieved"
+    assert row["refusal_p_controls"] == pytest.approx(max(p_values.values()))
+    assert row["refusal_p_controls_holm"] >= row["refusal_p_controls"]
+
+
+def test_achieved_controls_are_as_near_as_the_calipers_say(result: Result) -> None:
+    controls = result.tables["controls"]
+    matched = controls[controls["matched"]]
+    frequency = matched.loc[matched["control_kind"] == "frequency", "frequency_ratio"]
+    assert len(frequency) == 0 or frequency.between(0.5, 2).all()
+    kl = matched.loc[matched["control_kind"].isin(["disruption", "random_kl"]), "kl_ratio"]
+    assert len(kl) >= 19
+    assert kl.between(1 / 1.1 - 1e-6, 1.1 + 1e-6).all()
+    norm = controls.loc[controls["control_kind"] == "random_norm", "norm_ratio"]
+    assert np.allclose(norm, 1, rtol=1e-3)
+
+
+def test_the_negative_control_model_claims_nothing(cache: Path, tmp_path: Path) -> None:
+    result = run(cache, tmp_path / "run", "model=tiny_control", *OVERLAY)
+    assert claims(result) == []
+
+
+def labels_permuted(file: Path, seed: int) -> None:
+    """The default data set with the labels of entities permuted within type and split."""
+    cfg = saexp.compose(["dataset=entities"])
+    examples = registry.build("dataset", cfg.dataset).examples
+    rows = pd.DataFrame(
+        {
+            "id": [e.id for e in examples],
+            "text": [e.text for e in examples],
+            "prompt": [e.prompt for e in examples],
+            "answer": [list(e.answers) for e in examples],
+            "entity": [e.entity for e in examples],
+            "entity_type": [e.entity_type for e in examples],
+            "split": [e.split for e in examples],
+            "group": [e.group for e in examples],
+        }
+    )
+    rng = np.random.default_rng(seed)
+    labels = rows.groupby(["entity_type", "split"])["group"]
+    rows["group"] = labels.transform(lambda g: g.to_numpy()[rng.permutation(len(g))])
+    lines = [json.dumps(record, ensure_ascii=False) for record in rows.to_dict("records")]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def test_placebo_labels_give_no_claim(cache: Path, tmp_path: Path) -> None:
+    """The seeded permutation finds anything with probability at most 0.05."""
+    file = tmp_path / "placebo.jsonl"
+    labels_permuted(file, 0)
+    result = run(cache, tmp_path / "run", "dataset=jsonl", f"dataset.path={file}", *QUICK)
+    assert result.metrics["contrast/n_significant"] == 0
+    assert claims(result) == []
+
+
+def test_placebo_latents_give_no_claim(cache: Path, tmp_path: Path, result: Result) -> None:
+    """Active latents that the contrast did not select, drawn by seed: they are claimed to have an
+    effect with probability at most 0.05."""
+    table = result.tables["latents"]
+    drawn_from = table[~table["selected"] & (table["freq_known"] + table["freq_unknown"] > 0)]
+    latents = np.random.default_rng(18).choice(drawn_from["latent"].to_numpy(), 2, replace=False)
+    words = [f"intervention.latents=[{','.join(map(str, latents))}]", *QUICK]
+    placebo = run(cache, tmp_path, *words)
+    assert len(main_rows(placebo))
+    assert claims(placebo) == []

@@ -86,7 +86,7 @@ class Terminal:
         self.read: list[Tensor] = []
         """Token ids of every forward pass, `[rows, tokens]`."""
         lines = (ASSETS / "background.txt").read_text("utf-8").splitlines()
-        (folder / "neutral.txt").write_text("\n".join(lines[:8]), encoding="utf-8")
+        (folder / "neutral.txt").write_text("\n".join(lines[:4]), encoding="utf-8")
         (folder / "texts.txt").write_text("\n".join(lines[8:]), encoding="utf-8")
         long = map(" ".join, zip(lines[8:28:2], lines[9:28:2], strict=True))
         (folder / "long.txt").write_text("\n".join(long), encoding="utf-8")
@@ -101,7 +101,7 @@ class Terminal:
             redirect_stdout(out),
             redirect_stderr(err),
         ):
-            # HF_HOME is read where huggingface_hub is imported; tests/e2e/test_mission.py sets it.
+            # HF_HOME is read where huggingface_hub is imported; test_gemma.py sets it once.
             patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(self.home / "hub"))
             patch.setattr(nn.Embedding, "forward", self._reading(nn.Embedding.forward))
             patch.chdir(self.folder)

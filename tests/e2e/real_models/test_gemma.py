@@ -1,6 +1,10 @@
-"""Gemma 2 2B with Gemma Scope: a sweep, a prompt's features, entity recognition, labels."""
+"""Gemma 2 2B with Gemma Scope: the mission's own command, a sweep, a prompt's features, entity
+recognition, labels; offline, against a cache in the hub's own layout."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 BASE, CHAT = "google/gemma-2-2b", "google/gemma-2-2b-it"
 BOS = 2
+SWEEP = "python -m saexp -m model=gemma2b sae=gemmascope layer=12 width=16k,32k"
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +43,44 @@ def nothing_read(user: Terminal) -> None:
     user.read.clear()
 
 
-def test_a_sweep_of_widths_reads_the_texts_once(user: Terminal) -> None:
-    words = "python -m saexp -m model=gemma2b sae=gemmascope layer=12 width=16k,32k"
+def test_the_missions_own_command(user: Terminal) -> None:
+    """In a process of its own, since HF_HOME is read while huggingface_hub is imported."""
+    folder = user.folder / "mission"
+    folder.mkdir()
+    command = [sys.executable, "-m", "saexp", "model=gemma2b", "sae=gemmascope", "layer=12"]
+    # The command as it stands; what follows only makes it read and generate less.
+    command += ["dataset.n_examples=12", "analyzer.n_background=32", "analyzer.n_bootstrap=50"]
+    command += [f"dataset.background={user.folder / 'neutral.txt'}", "intervention.n_neutral=1"]
+    command += ["intervention.max_new_tokens=2", "intervention.n_prompts=2"]
+    command += ["intervention.n_choice_prompts=2", "intervention.n_controls=2"]
+    command += ["intervention.top_k=1"]
+    env = {**os.environ, "HF_HOME": str(user.home), "HF_HUB_OFFLINE": "1"}
+    env["WANDB_MODE"] = "disabled"
+    env.pop("HF_HUB_CACHE", None)
+    process = subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    run = Run(next((folder / "outputs").glob("2*/*")))
+    assert (run.folder / "report.html").is_file()
+    assert 20 < run.metrics["sparsity/l0"] < 300
+    assert len(run.table("rows")) >= 24
+    provenance = (run.folder / "provenance.json").read_text("utf-8")
+    assert "layer_12.resid_post" in provenance
+    assert f"{GEMMA_SCOPE}/layer_12/width_16k/canonical" in provenance
+
+
+@pytest.fixture(scope="module")
+def sweep(user: Terminal) -> Run:
+    """Two SAEs of one layer."""
     add_gemma_scope(user.home, (12, 32))
-    sweep = user.run("sweep", words, *few())
+    user.read.clear()
+    sweep = user.run("sweep", SWEEP, *few(), "intervention=none")
+    assert user.most(BOS) == 1
+    return sweep
+
+
+def test_a_sweep_of_widths_reads_the_texts_once(user: Terminal, sweep: Run) -> None:
     table = sweep.table("sweep")
     assert table["status"].tolist() == ["finished"] * 2
     first, second = table["collection/tokens_forwarded"]
@@ -54,9 +93,7 @@ def test_a_sweep_of_widths_reads_the_texts_once(user: Terminal) -> None:
         assert sae["d_sae"] == {"16k": 2**14, "32k": 2**15}[thousands]
         assert 10 < run.metrics["sparsity/l0"] < 600
         check_tokens(run, user.tokenizer(BASE), n_bos=1)
-    assert user.most(BOS) == 1
     assert (sweep.folder / "sweep.html").is_file()
-    assert set(user.run("again", words, *few()).table("sweep")["status"]) == {"finished"}
 
 
 def test_the_features_of_a_prompt_at_three_layers(user: Terminal) -> None:
@@ -95,7 +132,9 @@ def test_entity_recognition_on_the_chat_model(user: Terminal) -> None:
     remaining = [c for c in commands if c[-1].rpartition("/")[2] in ("steer", "patch")]
     assert len(commands) - len(remaining) == 4
     for command in remaining:
-        result = user.type(command)
+        # Two of 26 layers.
+        fewer = ["intervention.layers=[13,25]"] if command[-1].endswith("/patch") else []
+        result = user.type(command, *fewer)
         assert result.code == 0, f"{command}: {result.err[-2000:]}"
     assert user.most(BOS) == 1
     runs = {p.name: Run(p) for p in (user.folder / "runs").iterdir() if p.name != "layers"}
@@ -119,9 +158,9 @@ def test_entity_recognition_on_the_chat_model(user: Terminal) -> None:
     assert patched["condition"].str.contains("_patch_resid_post_25").any()
 
 
-def test_entity_recognition_on_the_base_model(user: Terminal) -> None:
+def test_entity_recognition_on_the_base_model(user: Terminal, sweep: Run) -> None:
     words = "python -m saexp experiment=entity_recognition model=gemma2b sae=gemmascope layer=12"
-    latents = user.run("layer 12", words, *few(), "intervention=none").table("latents")
+    latents = Run(sweep.folder / sweep.table("sweep")["folder"][0]).table("latents")
     latents_option = f"intervention.latents=[{latents.nlargest(1, 'freq_known')['latent'].item()}]"
     run = user.run("base", words, *few(), latents_option)
     effects = check_effects(run, [0.0, 0.3, 0.6, 0.9])

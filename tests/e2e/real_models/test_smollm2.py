@@ -26,9 +26,9 @@ TEXTS = (
     "Water boils at a lower temperature on a mountain, because the pressure of the air is lower.",
     "def add(a, b):\n    return a + b\n",
     "“Naïve” – 東京 is a city of 14,000,000 people.",
-    "Once upon a time there was a small fox who lived at the edge of a dark forest. " * 6,
+    "Once upon a time there was a small fox who lived at the edge of a dark forest. " * 3,
 )
-LAYERS = (0, 7, 15, 22, 28)
+LAYERS = (0, 15, 28)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_the_shape_is_that_of_the_published_model(model: Any) -> None:
 def test_activations_are_transformers_hidden_states(
     model: Any, hf: Any, ids: list[torch.Tensor]
 ) -> None:
-    states = [hf(row, output_hidden_states=True).hidden_states for row in ids]
+    states = [hf.model(row, output_hidden_states=True).hidden_states for row in ids]
     for layer in LAYERS:
         computed = model.activations(list(TEXTS), layer=layer)
         for acts, expected in zip(computed, states, strict=True):
@@ -80,14 +80,12 @@ def test_activations_are_transformers_hidden_states(
 
 
 def test_greedy_texts_are_those_of_transformers(model: Any, hf: Any) -> None:
-    questions = ["What is the capital of France?", "Name three colours."]
-    for question in questions:
-        for chat in (False, True):
-            text = model.chat_text(question) if chat else question
-            row = torch.tensor([model.tokenizer(text).input_ids])
-            output = hf.generate(row, do_sample=False, max_new_tokens=12)[0, row.shape[1] :]
-            expected = model.tokenizer.decode(output, skip_special_tokens=True)
-            assert model.generate(question, max_new_tokens=12, chat=chat) == expected
+    for question, chat in (("What is the capital of France?", True), ("Name three", False)):
+        text = model.chat_text(question) if chat else question
+        row = torch.tensor([model.tokenizer(text).input_ids])
+        output = hf.generate(row, do_sample=False, max_new_tokens=12)[0, row.shape[1] :]
+        expected = model.tokenizer.decode(output, skip_special_tokens=True)
+        assert model.generate(question, max_new_tokens=12, chat=chat) == expected
 
 
 def test_steered_texts_are_those_of_a_plain_hook(model: Any, hf: Any, sae: Any) -> None:
@@ -103,12 +101,12 @@ def test_steered_texts_are_those_of_a_plain_hook(model: Any, hf: Any, sae: Any) 
         )
 
     handle = hf.model.layers[15].register_forward_hook(add)
-    output = hf.generate(row, do_sample=False, max_new_tokens=12)[0, row.shape[1] :]
+    output = hf.generate(row, do_sample=False, max_new_tokens=8)[0, row.shape[1] :]
     handle.remove()
     with saexp.steer(model, sae, [7], coefficient=size, unit="absolute"):
-        steered = model.generate(prompt, max_new_tokens=12)
+        steered = model.generate(prompt, max_new_tokens=8)
     assert steered == model.tokenizer.decode(output, skip_special_tokens=True)
-    assert steered != model.generate(prompt, max_new_tokens=12)
+    assert steered != model.generate(prompt, max_new_tokens=8)
 
 
 def test_the_loss_clean_and_spliced_is_that_of_a_hand_written_loop(
@@ -147,9 +145,10 @@ def loss(hf: Any, ids: list[torch.Tensor]) -> float:
 
 
 def test_the_command_of_the_readme_runs(tmp_path: Path) -> None:
-    words = "model=smollm2 sae=smollm2 intervention=none tracker=none dataset.n_examples=6"
-    few = "analyzer.n_bootstrap=0 analyzer.n_background=200 hydra.run.dir=run"
-    result = command(tmp_path, *words.split(), *few.split())
+    words = "model=smollm2 sae=smollm2 intervention=none tracker=none dataset.n_examples=3"
+    few = "analyzer.n_bootstrap=0 analyzer.n_background=32 dataset.background=few.txt"
+    (tmp_path / "few.txt").write_text("\n".join(TEXTS[:2]), encoding="utf-8")
+    result = command(tmp_path, *words.split(), *few.split(), "hydra.run.dir=run")
     assert result.code == 0, result.err
     assert metrics_of(tmp_path / "run")["collection/n_rows"] > 0
     assert (tmp_path / "run" / "report.html").is_file()
