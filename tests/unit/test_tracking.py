@@ -28,6 +28,7 @@ from saexp.tracking import (
     whole_steps,
 )
 from saexp.tracking.wandb import has_key
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.run_outputs import wandb_runs
 
 ABOUT = {"config": {"a": 1}, "name": "n", "job_type": "analyze", "group": "g"}
@@ -515,7 +516,7 @@ class _Damaging(JsonlTracker):
 
 def test_a_run_that_cannot_be_recorded_is_tracked_as_failed(tmp_path: Path) -> None:
     register("tracker", "damaging")(_Damaging)
-    words = ["intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
+    words = ["intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0", FEW_NEUTRAL]
     words += ["tracker=jsonl", "tracker.kind=damaging", f"cache_dir={tmp_path / 'cache'}"]
     with pytest.raises(ValueError, match="Expecting"):
         saexp.run(saexp.compose(words), tmp_path / "run")

@@ -36,7 +36,7 @@ def hidden_states(name: str, ids: tuple[int, ...]) -> Any:
     ("name", "positions"),
     [
         *((name, "all") for name in ROPE_MODELS),
-        *((name, p) for name in ONE_OF_EACH_KIND for p in ("last", "middle")),
+        *zip(ONE_OF_EACH_KIND, ("last", "middle"), strict=True),
     ],
 )
 def test_activations_on_both_sides_of_the_context_equal_single_rows(name, positions, tmp_path):

@@ -179,15 +179,19 @@ def test_where_special_tokens_count(where: Where) -> None:
 
 
 @pytest.mark.parametrize(
-    ("autoencoder", "where"),
+    ("autoencoder", "where", "memory"),
     [
-        (sae("jumprelu", Hookpoint(1, "resid_post")), Where()),
-        (sae("gated", Hookpoint(0, "embed")), Where(splice_special=True, ablate_special=True)),
-        (transcoder(stream="resid_mid"), Where()),
+        (sae("jumprelu", Hookpoint(1, "resid_post")), Where(), "small"),
+        (
+            sae("gated", Hookpoint(0, "embed")),
+            Where(splice_special=True, ablate_special=True),
+            "large",
+        ),
+        (transcoder(stream="resid_mid"), Where(), "small"),
+        (transcoder(stream="resid_mid"), Where(), "large"),
     ],
-    ids=["resid_post", "embed with special tokens", "transcoder"],
+    ids=["resid_post", "embed with special tokens", "transcoder", "transcoder at once"],
 )
-@pytest.mark.parametrize("memory", ["large", "small"])
 def test_high_norm_positions_are_left_as_they_are(
     autoencoder: SparseAutoencoder, where: Where, memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -195,10 +195,10 @@ def test_intervals_of_shuffled_labels_cover_one_half(inputs: AnalysisInputs) -> 
 def test_permuted_labels_give_the_null_of_the_dense_probe(
     inputs: AnalysisInputs, result: Result
 ) -> None:
-    null = probe(inputs, placebo=20)
+    null = probe(inputs, placebo=10)
     m = null.metrics
     (train, _, _), (test, _, units_test) = (parts(inputs, s) for s in ("train", "test"))
-    trials = list(Fitting([1], STRENGTHS, (), 0).permuted(inputs, train, test, 20))
+    trials = list(Fitting([1], STRENGTHS, (), 0).permuted(inputs, train, test, 10))
     aurocs = [roc_auc_score(first, scores) for first, scores in trials]
     assert m["probe/null_auroc_test"] == pytest.approx(np.mean(aurocs))
     low, high = np.quantile(aurocs, (0.025, 0.975))
@@ -209,7 +209,7 @@ def test_permuted_labels_give_the_null_of_the_dense_probe(
     n = [len(np.unique(units_test[trials[0][0] == group])) for group in (True, False)]
     expected = np.sqrt((sum(n) + 1) / (12 * n[0] * n[1]))
     assert 0.4 * expected < np.std(aurocs) < 2.5 * expected
-    assert m["probe/n_null"] == 20
+    assert m["probe/n_null"] == 10
     # Everything else is as without it.
     assert {k: v for k, v in m.items() if "null" not in k} == result.metrics
     rows = null.tables["probes"]

@@ -131,17 +131,19 @@ def l0_of(values: np.ndarray) -> np.ndarray:
     return (np.arange(D_SAE) < values[:, None]).astype(np.float32)
 
 
-def test_a_difference_of_types_is_none_of_the_groups() -> None:
-    """Types 80/20 against 20/80, L0 6 higher in one of them: within types the groups are equal."""
-    rows = table_of({"city": (40, 10), "movie": (10, 40)})
+def test_types_and_numbers_of_rows_are_no_difference_of_the_groups() -> None:
+    """Types 80/20 against 20/80 with an L0 6 higher in one, eight rows a unit against one."""
+    rows = table_of({"city": (40, 10), "movie": (10, 40)}, (8, 1))
     city = (rows["entity_type"] == "city").to_numpy()
     covered, plain, n_runs = 0, 0, 100
     for seed in range(n_runs):
-        l0 = 5 + 6 * city + np.random.default_rng(seed).poisson(3, len(rows))
+        rng = np.random.default_rng(seed)
+        of_unit = pd.Series(rng.poisson(5, rows["unit"].nunique()), rows["unit"].unique())
+        l0 = rows["unit"].map(of_unit).to_numpy() + 6 * city + rng.poisson(2, len(rows))
         result = stats(l0_of(l0), rows)
         m = result.metrics
         covered += m["stats/l0_difference_ci_low"] <= 0 <= m["stats/l0_difference_ci_high"]
-        plain += m["stats/l0_known"] - m["stats/l0_unknown"] > 2
+        plain += m["stats/l0_known"] - m["stats/l0_unknown"] > 1
         assert any(
             "city is 80% of known and 20% of unknown; l0_difference" in note
             for note in result.notes
@@ -163,19 +165,6 @@ def test_types_of_one_group_are_left_out_of_the_difference() -> None:
     expected = l0[known].mean() - l0[~known].mean()
     assert alone.metrics["stats/l0_difference"] == pytest.approx(expected)
     assert any("have no entity type in common" in note for note in alone.notes)
-
-
-def test_the_number_of_rows_of_a_unit_makes_no_difference() -> None:
-    """Units of one group have eight rows, of the other one; what a unit has is alike in both."""
-    rows = table_of({"city": (40, 40)}, (8, 1))
-    covered, n_runs = 0, 100
-    for seed in range(n_runs):
-        rng = np.random.default_rng(seed)
-        per_unit = pd.Series(rng.poisson(8, rows["unit"].nunique()), rows["unit"].unique())
-        l0 = np.minimum(rows["unit"].map(per_unit).to_numpy() + rng.poisson(2, len(rows)), D_SAE)
-        m = stats(l0_of(l0), rows).metrics
-        covered += m["stats/l0_difference_ci_low"] <= 0 <= m["stats/l0_difference_ci_high"]
-    assert covered >= 0.89 * n_runs
 
 
 def test_few_units_have_no_interval() -> None:

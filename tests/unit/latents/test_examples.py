@@ -33,17 +33,23 @@ N_ROWS = 211
 CHOSEN = np.array([3, 0, 39, 17])
 
 
-@pytest.fixture(params=["jumprelu", "topk"])
-def auto(request: pytest.FixtureRequest) -> SparseAutoencoder:
+@pytest.fixture(params=[("jumprelu", 50), ("topk", 1000)], ids=["shards of 50", "one shard"])
+def case(request: pytest.FixtureRequest) -> tuple[str, int]:
+    """(architecture of the SAE, rows of a shard)."""
+    return request.param
+
+
+@pytest.fixture
+def auto(case: tuple[str, int]) -> SparseAutoencoder:
     """Latent 17 never fires."""
-    autoencoder = sae(request.param)
+    autoencoder = sae(case[0])
     autoencoder.b_enc[17] = -1e6
     return autoencoder
 
 
-@pytest.fixture(params=[1000, 50], ids=["one shard", "shards of 50"])
-def store(tmp_path: Path, request: pytest.FixtureRequest) -> ActivationStore:
-    return store_of(tmp_path, points(N_ROWS, D_IN), Hookpoint(3, "resid_post"), request.param)
+@pytest.fixture
+def store(tmp_path: Path, case: tuple[str, int]) -> ActivationStore:
+    return store_of(tmp_path, points(N_ROWS, D_IN), Hookpoint(3, "resid_post"), case[1])
 
 
 @pytest.fixture
