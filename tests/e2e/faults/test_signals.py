@@ -78,8 +78,8 @@ def test_sigterm_at_random_moments_of_a_run_costs_nothing_that_was_finished(tmp_
 @pytest.mark.slow
 def test_a_sweep_whose_terminal_is_closed_has_its_page(tmp_path: Path) -> None:
     """Ctrl-C is in test_sweep.py, SIGTERM below and above."""
-    words = ["-m", *SMALL, "layer=1", "intervention.n_prompts=4,300,5", "hydra.sweep.dir=sweep"]
-    words += ["intervention.max_new_tokens=30"]
+    words = ["-m", *SMALL, "layer=1", "intervention=none,steer,clamp", "hydra.sweep.dir=sweep"]
+    words += ["intervention.n_prompts=300", "intervention.max_new_tokens=30"]
     started = start(words, tmp_path)
     end = time.monotonic() + PATIENCE_SECONDS
     # Written before the cell's long part.
