@@ -412,7 +412,7 @@ def to_run_config(cfg: DictConfig, *, quiet: bool = False, words: Sequence[str] 
     typed = OmegaConf.structured(RunConfig, flags={"no_deepcopy_set_nodes": True})
     for group, cls in classes.items():
         _check_keys(group, names[group], cls, content[group])
-        typed[group] = OmegaConf.structured(cls)
+        typed[group] = components.with_defaults(cls)
         for key, value in content.pop(group).items():
             typed[group][key] = value
     for key, value in content.items():

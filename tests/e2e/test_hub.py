@@ -21,6 +21,7 @@ from saexp.errors import ModelError, SAEError, SaexpError, brief
 from saexp.hub import snapshot
 from saexp.models.loading import LanguageModel
 from saexp.registry import build
+from tests import interpreters
 from tests.hub_caches import repository
 from tests.random_models import random_hf, save
 
@@ -199,18 +200,23 @@ def test_switched_off_by_the_user(online: pytest.MonkeyPatch) -> None:
     assert hub._PROCESS.tested is None
 
 
+ONLINE = """
+import runpy, sys
+from huggingface_hub import constants
+# What the library reads from the environment when it is imported.
+constants.HF_HUB_OFFLINE = False
+constants.ENDPOINT, constants.HF_HUB_CACHE = "http://127.0.0.1:9", sys.argv[1]
+sys.argv[:2] = ["saexp"]
+runpy.run_module("saexp", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_a_run_ends_in_one_line(tmp_path: Path) -> None:
     """From the terminal, with the network neither there nor switched off."""
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
-    environment |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
     words = ["model=gemma2b", "sae=gemmascope", "layer=12", f"hydra.run.dir={tmp_path / 'run'}"]
-    process = subprocess.run(
-        [sys.executable, "-m", "saexp", *words, "tracker=none"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    words = ["-c", ONLINE, str(tmp_path / "hub"), *words, "tracker=none"]
+    process = interpreters.run(words, tmp_path, environment, timeout=120)
     assert process.returncode == 1
     assert re.fullmatch(
         r"saexp: model.name=google/gemma-2-2b: its config cannot be loaded \(the hub cannot be "

@@ -90,17 +90,15 @@ def test_a_run_that_cannot_begin_costs_nobody_what_was_there(cache: Path, tmp_pa
     assert names(tmp_path / "same") == before | {"error.txt"}
 
 
-@pytest.mark.parametrize("word", ["store.dtype=float16", "store.batch_tokens=64"])
-def test_a_run_with_another_store_setting_is_not_reused(
-    word: str, cache: Path, tmp_path: Path
-) -> None:
+def test_a_run_with_another_store_setting_is_not_reused(cache: Path, tmp_path: Path) -> None:
     run(cache, tmp_path / "first", "intervention=none")
     run(cache, tmp_path / "again", "intervention=none", "resume=true")
-    run(cache, tmp_path / "other", "intervention=none", "resume=true", word)
-    files = {n: tmp_path / n / "provenance.json" for n in ("again", "other")}
+    run(cache, tmp_path / "half", "intervention=none", "resume=true", "store.dtype=float16")
+    run(cache, tmp_path / "few", "intervention=none", "resume=true", "store.batch_tokens=64")
+    files = {n: tmp_path / n / "provenance.json" for n in ("again", "half", "few")}
     about = {n: json.loads(file.read_text("utf-8")) for n, file in files.items()}
-    assert "reused_from" in about["again"]
-    assert "reused_from" not in about["other"]
+    reused = {name: "reused_from" in content for name, content in about.items()}
+    assert reused == {"again": True, "half": False, "few": False}
 
 
 def test_verify_looks_at_the_store_where_the_run_was_finished(tmp_path: Path) -> None:
@@ -138,7 +136,7 @@ def test_a_plugin_that_was_edited_is_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
-    words = ["-m", "layer=1,2", "intervention=none", "analyzer.name=constant", *SMALL]
+    words = ["-m", "layer=1", "intervention=none", "analyzer.name=constant", *SMALL]
     words.append("plugins=[my_constant]")
     for value in (1, 1, 99):
         (tmp_path / "my_constant.py").write_text(PLUGIN.replace("VALUE", str(value)))
@@ -151,7 +149,7 @@ def test_a_plugin_that_was_edited_is_run_again(
         del sys.modules["my_constant"]
         cells = sorted((tmp_path / "sweep").glob("*/metrics.json"))
         values = [json.loads(cell.read_text("utf-8"))["constant/value"] for cell in cells]
-        assert values == [value, value]
+        assert values == [value]
 
 
 def test_runs_that_begin_at_the_same_moment_have_folders_of_their_own(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import saexp
 from saexp.config.environment import as_typed, masked, resolved
 from saexp.pipeline.finished import fingerprint
 from tests.shipped_texts import FEW_NEUTRAL
-from tests.unit.reports.run_outputs import CommandResult, command, page_of
+from tests.unit.reports.run_outputs import CommandResult, command, page_of, wandb_runs
 
 SECRET = "swordfish-hunter2-9f3"
 FOLDER = "folder-of-nobody-else"
@@ -122,9 +122,10 @@ def test_the_sweeps_own_run_goes_to_the_project_that_the_environment_names(
     words = ["-m", *SMALL, "tracker=wandb", "hydra.sweep.dir=sweep"]
     result = command(folder, *words, "tracker.project=${oc.env:SAEXP_TEST_PROJECT}")
     assert result.code == 0, result.err[-2000:]
-    runs = list(folder.glob("sweep/wandb/offline-run-*/*.wandb"))
+    # Read once W&B's own process has written them to their end.
+    runs = wandb_runs(folder / "sweep")
     assert len(runs) > 1
-    assert all(b"of-the-group" in run.read_bytes() for run in runs)
+    assert {run["project"] for run in runs} == {"of-the-group"}
 
 
 def test_the_fingerprint_is_that_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None:

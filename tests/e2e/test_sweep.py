@@ -34,8 +34,9 @@ from tests.unit.reports.run_outputs import assert_links_lead_to_reports as asser
 SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
 SMALL += [
     "intervention.max_new_tokens=4",
-    "analyzer.n_bootstrap=50",
-    "analyzer.n_background=500",
+    "analyzer.n_bootstrap=0",
+    "analyzer.n_background=200",
+    "analyzer.scores=false",
     FEW_NEUTRAL,
 ]
 SMALL += ["dataset.n_examples=40", "hydra.sweep.dir=sweep", "intervention.n_neutral=2"]
@@ -137,7 +138,8 @@ def test_wandb_holds_a_run_per_cell_and_one_with_the_table(failing: CommandResul
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> CommandResult:
     """Three cells, the second one long: Ctrl-C while it generates."""
     folder = tmp_path_factory.mktemp("stopped")
-    words = ["-m", *SMALL, "intervention.n_prompts=4,300,5", "intervention.max_new_tokens=30"]
+    words = ["-m", *SMALL, "intervention=none,steer,clamp", "intervention.n_prompts=300"]
+    words += ["intervention.max_new_tokens=30"]
     process = interpreters.Process(["-m", "saexp", *words], folder)
     end = time.monotonic() + 100
     # Written before the cell's long part.
@@ -159,7 +161,7 @@ def test_ctrl_c_leaves_a_report_of_what_there_is_and_says_how_to_go_on(
     assert stopped.err.splitlines()[-1] == message
     assert "Traceback" not in stopped.err
     table = table_of(stopped.sweep)
-    assert table["intervention.n_prompts"].tolist() == [4, 300, 5]
+    assert table["intervention"].tolist() == ["none", "steer", "clamp"]
     assert (table["status"][0], table["status"][2]) == ("finished", "not run")
     assert_links(stopped.sweep, 1)
 

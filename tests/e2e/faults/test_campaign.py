@@ -13,9 +13,9 @@ from tests.e2e.faults import injection
 ROOT = Path(__file__).parents[3]
 SCRIPTS = ROOT / "experiments" / "validation"
 N_KILLS, N_DAMAGES, N_OTHERS = 2, 3, 1
-WORKS = ("labels", "collecting", "training")
-"""The kinds that take a few seconds; runs with steering and sweeps are killed in test_signals.py,
-test_shared_rows.py and test_sweep.py."""
+WORKS = ("labels", "collecting")
+"""The kinds that take a second or two; trainings are killed in test_checkpoints.py, runs with
+steering and sweeps in test_signals.py, test_shared_rows.py and test_sweep.py."""
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +54,12 @@ def test_a_few_attempts_of_every_kind_lose_nothing_and_change_nothing(faults, be
 
 @pytest.mark.slow
 def test_a_campaign_that_is_started_again_makes_what_is_missing(faults, bench, tmp_path):
-    planned = faults.plan(bench, 0, 3, 0, WORKS)
-    first = faults.campaign(bench, planned[:2], tmp_path, seed=0)
+    planned = faults.plan(bench, 0, 2, 0, WORKS)
+    first = faults.campaign(bench, planned[:1], tmp_path, seed=0)
     with (tmp_path / "attempts.jsonl").open("a") as file:
         file.write('{"kind": "cut sho')
     again = faults.campaign(bench, planned, tmp_path, seed=0)
-    assert (len(again), again[:2]) == (3, first)
+    assert (len(again), again[:1]) == (2, first)
     assert faults.campaign(bench, planned, tmp_path, seed=0) == again
 
 
@@ -68,8 +68,8 @@ def test_the_campaign_notices_results_that_differ_and_work_that_is_done_again(sc
     def attempt():
         return scripts.attempts.kill(bench, random.Random(0), "labels", signal.SIGKILL)
 
+    # Nothing is wrong of an attempt in which nothing was changed, as those above.
     whole = bench.of("labels")
-    assert not attempt().wrong
     bench.undisturbed["labels"] = dataclasses.replace(
         whole, digests={**whole.digests, "run/metrics.json": "other"}
     )

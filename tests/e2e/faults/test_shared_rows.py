@@ -22,11 +22,13 @@ from tests.shipped_texts import FEW_NEUTRAL
 WORDS = (
     "tracker=none",
     "intervention.n_controls=2",
-    "intervention.n_prompts=10",
-    "intervention.n_choice_prompts=10",
-    "intervention.max_new_tokens=8",
-    "dataset.n_examples=60",
-    "analyzer.n_background=300",
+    "intervention.n_prompts=8",
+    "intervention.n_choice_prompts=8",
+    "intervention.n_neutral=8",
+    "intervention.max_new_tokens=4",
+    "dataset.n_examples=40",
+    "analyzer.n_background=200",
+    "analyzer.scores=false",
     FEW_NEUTRAL,
     "analyzer.n_bootstrap=0",
 )

@@ -28,8 +28,9 @@ from tests.unit.reports.run_outputs import table_of
 SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
 SMALL += [
     "intervention.max_new_tokens=4",
-    "analyzer.n_bootstrap=50",
-    "analyzer.n_background=500",
+    "analyzer.n_bootstrap=0",
+    "analyzer.n_background=200",
+    "analyzer.scores=false",
     FEW_NEUTRAL,
 ]
 SMALL += ["intervention.top_k=1", "intervention.n_choice_prompts=4", "intervention.n_neutral=2"]
@@ -58,9 +59,9 @@ def test_sigterm_at_random_moments_of_a_run_costs_nothing_that_was_finished(tmp_
     began = time.monotonic()
     run_to_the_end(words, alone)
     seconds, expected = time.monotonic() - began, digests_of_results(alone / "run")
-    rng, n_stopped = random.Random(0), 0
+    rng, n_stopped, folder = random.Random(0), 0, tmp_path / "stopped"
+    folder.mkdir()
     for n in range(N_STOPS):
-        (folder := tmp_path / str(n)).mkdir()
         started = start(words, folder)
         kill_after(started, seconds * (n + rng.random()) / N_STOPS, signal.SIGTERM)
         result = started.wait()
@@ -68,17 +69,17 @@ def test_sigterm_at_random_moments_of_a_run_costs_nothing_that_was_finished(tmp_
             assert one_line(result, 128 + signal.SIGTERM) == f"stopped by SIGTERM; {RESUMABLE}"
             n_stopped += 1
         assert_nothing_is_left_open(folder)
-        run_to_the_end(words, folder)
-        assert digests_of_results(folder / "run") == expected
-        assert not (folder / "run/error.txt").exists()
+    run_to_the_end(words, folder)
+    assert digests_of_results(folder / "run") == expected
+    assert not (folder / "run/error.txt").exists()
     assert n_stopped > 0
 
 
 @pytest.mark.slow
 def test_a_sweep_whose_terminal_is_closed_has_its_page(tmp_path: Path) -> None:
     """Ctrl-C is in test_sweep.py, SIGTERM below and above."""
-    words = ["-m", *SMALL, "layer=1", "intervention.n_prompts=4,300,5", "hydra.sweep.dir=sweep"]
-    words += ["intervention.max_new_tokens=30"]
+    words = ["-m", *SMALL, "layer=1", "intervention=none,steer,clamp", "hydra.sweep.dir=sweep"]
+    words += ["intervention.n_prompts=300", "intervention.max_new_tokens=30"]
     started = start(words, tmp_path)
     end = time.monotonic() + PATIENCE_SECONDS
     # Written before the cell's long part.
@@ -117,7 +118,8 @@ def state(process: Path) -> str:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sweep of the cells that joblib's finishes, by the basic launcher."""
     folder = tmp_path_factory.mktemp("alone")
-    result = command(["-m", *SMALL, "layer=1,2", "hydra.sweep.dir=sweep"], folder)
+    words = ["-m", *SMALL, "intervention=none", "layer=1,2", "hydra.sweep.dir=sweep"]
+    result = command(words, folder)
     assert result.code == 0, result.err[-2000:]
     return folder / "sweep"
 
@@ -128,8 +130,8 @@ def test_a_stopped_joblib_sweep_leaves_no_worker_and_finished_cells_as_the_basic
     alone: Path, tmp_path: Path
 ) -> None:
     """Two workers have finished the small cells and are in the long ones when it is stopped."""
-    words = ["-m", *SMALL, "intervention.n_prompts=4,300", "layer=1,2", "hydra.sweep.dir=sweep"]
-    words += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    words = ["-m", *SMALL, "intervention=none,steer", "intervention.n_prompts=300", "layer=1,2"]
+    words += ["hydra.sweep.dir=sweep", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     process = interpreters.Process(["-m", "saexp", *words], tmp_path)
     end = time.monotonic() + PATIENCE_SECONDS
     while len(list(tmp_path.glob("sweep/[23]_*/metrics.json"))) < 2:
@@ -153,8 +155,8 @@ def test_a_stopped_joblib_sweep_leaves_no_worker_and_finished_cells_as_the_basic
     forwarded = "collection/tokens_forwarded"
     assert cells[forwarded].sum() == same[forwarded].sum() > 0
     cells = cells[cells["status"] == "finished"]
-    names = [c for c in cells if c.startswith(("contrast/", "effect/", "sparsity/"))]
-    assert len(names) > 60
+    names = [c for c in cells if c.startswith(("contrast/", "sparsity/"))]
+    assert len(names) > 20
     pd.testing.assert_frame_equal(cells[names], same[names], check_dtype=False)
 
 
