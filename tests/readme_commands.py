@@ -153,7 +153,7 @@ ELSEWHERE = {
         f"{_SMOLLM2}test_the_command_of_the_readme_runs"
     ),
     "python -m saexp experiment=train_from_scratch dataset.path=texts.txt": (
-        f"{_PYTHIA}test_an_sae_from_nothing"
+        f"{_PYTHIA}test_variants_on_the_same_activations_and_one_put_to_use"
     ),
     "python -m saexp -m experiment=train_from_scratch dataset.path=texts.txt "
     "sae_trainer=tutorial,topk,gated": (

@@ -26,6 +26,7 @@ from tests.unit.saes.make import COMMIT
 ROOT = Path(__file__).parents[3]
 _FEW = {
     "tracker": "none",
+    "sae.check": "off",
     "dataset.n_examples": 3,
     "dataset.background": "neutral.txt",
     "analyzer.n_background": 32,
