@@ -38,7 +38,7 @@ OVERLAY = {
     "prompt_features": "intervention.n_controls=1 intervention.max_new_tokens=6 "
     f"analyzer.n_background=200 {FEW_NEUTRAL}",
     "sae_quality": "task.n_texts=12",
-    "train_from_scratch": "width=64 sae_trainer.n_samples=4096",
+    "train_from_scratch": "width=64 sae_trainer.n_samples=2048",
     "uncertainty": "analyzer.n_bootstrap=10 analyzer.n_background=200 dataset.n_examples=12 "
     f"{FEW_NEUTRAL}",
 }

@@ -116,6 +116,7 @@ def test_continuations_longer_than_the_limit_are_left_out_with_a_note(
     words = ["experiment=memorization", "layer=3", "intervention=steer", "coefficient=[0.1]"]
     words += [f"intervention.max_new_tokens={limit}", "intervention.n_controls=1"]
     words += ["intervention.n_choice_prompts=0", "intervention.top_k=1", "intervention.n_neutral=1"]
+    words += ["intervention.control_kinds=[random_norm]"]
     result = ran(cache, tmp_path, *words, "intervention.n_prompts=6")
     effects = result.tables["effects"]
     cut = [note for note in result.notes if "max_new_tokens cuts off" in note]
@@ -156,6 +157,7 @@ def test_every_outcome_is_there_with_its_interval_and_its_tests(
     asked = f"intervention.outcomes=[{','.join(names)}]"
     few = ["intervention.top_k=1", "intervention.n_controls=1"]
     few += ["intervention.directions=[latents,mean_difference,probe,random]"]
+    few += ["intervention.control_kinds=[frequency,random_norm]"]
     result = identified(cache, tmp_path, asked, "coefficient=[0,0.6]", *few)
     conditions = set(result.tables["effects"]["condition"])
     assert {"unknown_mean_difference", "unknown_probe"} < conditions

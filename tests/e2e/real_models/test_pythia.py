@@ -12,7 +12,7 @@ from tests.hub_caches import repository, save_pythia
 pytestmark = pytest.mark.slow
 
 NAME = "EleutherAI/pythia-70m-deduped"
-FEW = ("tracker=none", "sae_trainer.n_samples=4096")
+FEW = ("tracker=none", "sae_trainer.n_samples=2048")
 
 
 @pytest.fixture(scope="module")
