@@ -47,10 +47,13 @@ _MODES = (
     "tests/e2e/test_interventions.py::"
     "test_every_mode_has_effects_controls_a_report_its_identity_and_leaves_the_weights"
 )
+_LLAMA = "tests/e2e/real_models/test_llama.py::test_memorization_of_a_published_table"
 ELSEWHERE = {
     "entity_recognition/ablate": _MODES,
     "entity_recognition/clamp": _MODES,
     "entity_recognition/orthogonalize": _MODES,
+    "memorization/stats": _LLAMA,
+    "memorization/contrast": _LLAMA,
     "prompt_features/steer": "tests/e2e/test_experiments.py::test_the_notebook_runs_cell_by_cell",
     "sae_quality/capability": "tests/e2e/real_models/test_gpt2.py::test_a_capability",
     "sae_quality/dashboard": "tests/e2e/test_dashboard.py",
