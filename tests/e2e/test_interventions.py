@@ -246,21 +246,6 @@ def test_a_run_stopped_in_two_stages_goes_on_where_it_was(
     assert sum(n_rows) == n_whole - sum(computed)
 
 
-def test_a_sweep_over_coefficients_computes_baselines_once(cache: Path, tmp_path: Path) -> None:
-    words = [*FEW, "intervention.outcomes=[refusal]", "intervention.n_controls=1"]
-    words += ["intervention.top_k=1"]
-    one = ran(cache, tmp_path / "1", *words, "coefficient=0.3")
-    both = ran(cache, tmp_path / "2", *words, "coefficient=[0.3,0.5]")
-    test = [
-        r.tables["effects"].query("split == 'test' and coefficient != 0.5") for r in (one, both)
-    ]
-    keys = ["example_id", "condition", "coefficient"]
-    apart, together = (table.set_index(keys)["generated_text"] for table in test)
-    # A coefficient by itself is the chosen one, which has more controls.
-    assert together.index.isin(apart.index).all() and len(together) > len(apart) / 2
-    assert (apart.loc[together.index] == together).all()
-
-
 def rows_file(folder: Path, n: int, **columns: Any) -> Path:
     rows = []
     for i in range(n):
