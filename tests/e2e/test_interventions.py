@@ -1,6 +1,5 @@
 """Every intervention on the shipped model, as a run: its files, identities, and bad input."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -244,17 +243,6 @@ def test_a_run_stopped_in_two_stages_goes_on_where_it_was(
     for name in ("effects", "controls"):
         pd.testing.assert_frame_equal(again.tables[name], whole.tables[name])
     assert sum(n_rows) == n_whole - sum(computed)
-
-
-def rows_file(folder: Path, n: int, **columns: Any) -> Path:
-    rows = []
-    for i in range(n):
-        group = ("a", "b")[i % 2]
-        text = f"The {group} item number {i} is here"
-        rows.append({"text": text, "group": group, **columns})
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return path
 
 
 @pytest.mark.parametrize(
