@@ -58,6 +58,7 @@ _GEMMA, _GPT2, _LLAMA, _PYTHIA, _SMOLLM2 = (
     f"tests/e2e/real_models/test_{name}.py::"
     for name in ("gemma", "gpt2", "llama", "pythia", "smollm2")
 )
+_MEMORIZED = f"{_LLAMA}test_memorization_of_a_published_table"
 _MODES = (
     "tests/e2e/test_interventions.py::"
     "test_every_mode_has_effects_controls_a_report_its_identity_and_leaves_the_weights"
@@ -67,7 +68,7 @@ ELSEWHERE = {
     "python -m saexp model=tiny_control": (
         "tests/e2e/test_run.py::test_the_negative_control_model_claims_nothing"
     ),
-    "python -m saexp experiment=memorization intervention=none layer=3": _STUDY,
+    "python -m saexp experiment=memorization intervention=none layer=3": _MEMORIZED,
     "python -m saexp intervention=steer 'coefficient=[0,0.3,0.6]' "
     "'intervention.directions=[latents,mean_difference]'": _MODES,
     "python -m saexp intervention=ablate "
@@ -82,7 +83,7 @@ ELSEWHERE = {
     "python -m saexp analyzer=capability intervention=none dataset=ioi positions=last": (
         f"{_GPT2}test_a_capability"
     ),
-    "python -m saexp analyzer=stats intervention=none experiment=memorization layer=3": _STUDY,
+    "python -m saexp analyzer=stats intervention=none experiment=memorization layer=3": _MEMORIZED,
     "python -m saexp analyzer=probe intervention=none": (
         "tests/e2e/test_describe.py::test_files_and_metrics"
     ),
@@ -153,7 +154,7 @@ ELSEWHERE = {
         f"{_SMOLLM2}test_the_command_of_the_readme_runs"
     ),
     "python -m saexp experiment=train_from_scratch dataset.path=texts.txt": (
-        f"{_PYTHIA}test_an_sae_from_nothing"
+        f"{_PYTHIA}test_variants_on_the_same_activations_and_one_put_to_use"
     ),
     "python -m saexp -m experiment=train_from_scratch dataset.path=texts.txt "
     "sae_trainer=tutorial,topk,gated": (

@@ -10,6 +10,7 @@ import pytest
 
 from saexp.cli import main
 from saexp.sweeps.planning import PROCESS
+from tests.shipped_texts import FEW_NEUTRAL
 
 Command = Callable[..., str]
 
@@ -22,7 +23,7 @@ def refused(
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["saexp", "tracker=none", *words])
+        monkeypatch.setattr(sys, "argv", ["saexp", "tracker=none", FEW_NEUTRAL, *words])
         with pytest.raises(SystemExit) as stop:
             main()
         assert stop.value.code == 1
@@ -72,7 +73,7 @@ GOOD = {"text": "The player Ann Lee", "group": "a", "entity": "Ann Lee"}
         (["plugins=[no_such_module_here]"], "no module 'no_such_module_here' can be imported"),
         (["dataset=ioi"], "none of 200 texts has the requested position: no entity span"),
         (
-            ["dataset=ioi", "positions=last", "intervention=none"],
+            ["dataset=ioi", "positions=last", "intervention=none", "dataset.n_examples=8"],
             "a contrast needs two groups",
         ),
         (["layer=[0,1]"], "layer=[0, 1]: task=analyze takes one layer; sweep with -m layer=0,1"),

@@ -291,7 +291,7 @@ def test_what_task_cache_cannot_do_is_one_line(tmp_path: Path, words: list[str],
 
 
 def test_a_run_that_succeeds_where_one_failed_before_leaves_no_error(tmp_path: Path) -> None:
-    words = ["task=collect", "tracker=none", f"cache_dir={tmp_path}/cache"]
+    words = ["task=collect", "tracker=none", f"cache_dir={tmp_path}/cache", "dataset.n_examples=4"]
     with pytest.raises(ModelError):
         saexp.run(saexp.compose([*words, "layer=9"]), tmp_path / "run")
     assert (tmp_path / "run/error.txt").is_file()

@@ -71,15 +71,6 @@ SCENARIOS = [
     Scenario("no BOS, generated", "qwen2", "$A", "generated", padding="left", seed=4),
     Scenario("sliding window", "gemma2", "<bos> $A", "entity_to_end", batch_tokens=700, seed=5),
     Scenario(
-        "chat with BOS",
-        "llama",
-        "<bos> $A",
-        "entity_last",
-        template=_chat("{{ bos_token }}"),
-        before="<bos>user: ",
-        seed=6,
-    ),
-    Scenario(
         "chat without BOS, tokenizer with",
         "llama",
         "<bos> $A",

@@ -14,9 +14,9 @@ from saexp.results import Result
 from tests.shipped_texts import FEW_NEUTRAL
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "sae.check=off", "analyzer.scores=false"]
-SMALL += ["intervention.n_prompts=12", "intervention.n_choice_prompts=6", "coefficient=0.6"]
-SMALL += ["intervention.n_neutral=2", "intervention.max_new_tokens=8", "device=cpu"]
-SMALL += ["intervention.n_controls=2", "intervention.n_curve_controls=0", "dataset=jsonl"]
+SMALL += ["intervention.n_prompts=12", "intervention.n_choice_prompts=2", "coefficient=0.6"]
+SMALL += ["intervention.n_neutral=1", "intervention.max_new_tokens=8", "device=cpu"]
+SMALL += ["intervention.n_controls=1", "intervention.n_curve_controls=0", "dataset=jsonl"]
 SMALL += ["intervention.latents=[154,143]", FEW_NEUTRAL]
 OBJECTS = ObjectCache()
 """Shared by the runs of this file, as by the cells of a sweep (see test_shared.py)."""
@@ -97,9 +97,10 @@ def test_an_unknown_alternative_is_an_error(presumed: Path, tmp_path: Path) -> N
         run(tmp_path, presumed, "intervention.alternatives=[no_such]")
 
 
-def test_the_shipped_labels_agree_with_the_model(tmp_path: Path) -> None:
-    words = [w for w in SMALL if w != "dataset=jsonl"]
-    result = saexp.run(saexp.compose([*words, f"cache_dir={tmp_path / 'cache'}"]), tmp_path / "run")
+def test_the_shipped_labels_agree_with_the_model(presumed: Path, tmp_path: Path) -> None:
+    words = [*(w for w in SMALL if w != "dataset=jsonl"), "dataset.n_examples=40"]
+    cfg = saexp.compose([*words, f"cache_dir={presumed.parent / 'cache'}"])
+    result = saexp.run(cfg, tmp_path / "run", objects=OBJECTS)
     assert result.metrics["baseline/accuracy_known"] == 1
     assert not any("took its place" in n for n in result.notes)
     text = (tmp_path / "run" / "provenance.json").read_text("utf-8")

@@ -8,7 +8,7 @@ import pytest
 
 import saexp
 from saexp.api.model import InteractiveModel
-from tests.shipped_texts import GROUPS, texts_of
+from tests.shipped_texts import FEW_NEUTRAL, GROUPS, texts_of
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def model() -> InteractiveModel:
     return saexp.load_model("tiny", device="cpu")
 
 
-FEWER = ["analyzer.n_background=400", "analyzer.scores=false"]
+FEWER = ["analyzer.n_background=400", "analyzer.scores=false", FEW_NEUTRAL]
 
 
 def test_contrast_equals_a_run_on_a_file_of_the_same_texts(

@@ -7,8 +7,7 @@ from saexp.stats.significance import rank_p_value
 from tests.unit.interventions.test_controls import matched, table
 
 
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize(("n", "n_latents"), [(19, 400), (99, 700)])
+@pytest.mark.parametrize(("n", "n_latents", "k"), [(19, 400, 3), (99, 700, 1)])
 def test_a_latent_drawn_among_its_candidates_is_seldom_extreme(
     n: int, n_latents: int, k: int
 ) -> None:

@@ -12,6 +12,7 @@ from tests.unit.reports.run_outputs import CommandResult, command, page_of, tabl
 
 WORDS = ["sae=random", "width=512", "tracker=jsonl", "intervention=none", "hydra.sweep.dir=sweep"]
 WORDS += [
+    "dataset.n_examples=60",
     "analyzer.n_bootstrap=20",
     "analyzer.n_background=200",
     FEW_NEUTRAL,

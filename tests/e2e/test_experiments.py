@@ -38,7 +38,7 @@ OVERLAY = {
     "prompt_features": "intervention.n_controls=1 intervention.max_new_tokens=6 "
     f"analyzer.n_background=200 {FEW_NEUTRAL}",
     "sae_quality": "task.n_texts=12",
-    "train_from_scratch": "width=64 sae_trainer.n_samples=4096",
+    "train_from_scratch": "width=64 sae_trainer.n_samples=2048",
     "uncertainty": "analyzer.n_bootstrap=10 analyzer.n_background=200 dataset.n_examples=12 "
     f"{FEW_NEUTRAL}",
 }
@@ -47,10 +47,13 @@ _MODES = (
     "tests/e2e/test_interventions.py::"
     "test_every_mode_has_effects_controls_a_report_its_identity_and_leaves_the_weights"
 )
+_LLAMA = "tests/e2e/real_models/test_llama.py::test_memorization_of_a_published_table"
 ELSEWHERE = {
     "entity_recognition/ablate": _MODES,
     "entity_recognition/clamp": _MODES,
     "entity_recognition/orthogonalize": _MODES,
+    "memorization/stats": _LLAMA,
+    "memorization/contrast": _LLAMA,
     "prompt_features/steer": "tests/e2e/test_experiments.py::test_the_notebook_runs_cell_by_cell",
     "sae_quality/capability": "tests/e2e/real_models/test_gpt2.py::test_a_capability",
     "sae_quality/dashboard": "tests/e2e/test_dashboard.py",

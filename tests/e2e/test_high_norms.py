@@ -250,6 +250,8 @@ def test_the_unit_of_a_coefficient_is_the_median_norm_of_ordinary_positions(
     use += ["dataset=jsonl", path, "analyzer=top_features", "positions=all", "sae=local"]
     use += [f"sae.path={folder / 'sae'}", "intervention.latents=[3]", "intervention.where=last"]
     use += ["intervention.n_prompts=2", "intervention.max_new_tokens=2", "coefficient=1"]
+    use += ["intervention.n_controls=1", "intervention.n_choice_prompts=1"]
+    use += ["intervention.n_neutral=1", "analyzer.n_bootstrap=0", "sae.check=off"]
     result = run(tmp_path, *use)
     rows, x = stream(words)
     norms = x.double().norm(dim=-1).numpy()

@@ -14,9 +14,9 @@ from saexp.results import Result
 from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.interventions.plain_loop import Hooked, plain_generate
 
-SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=6", "sae.check=off"]
+SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=4", "sae.check=off"]
 SMALL += ["intervention.n_controls=3", "intervention.n_choice_prompts=2", "coefficient=[0,6]"]
-SMALL += ["intervention.where=last", "intervention.max_new_tokens=8", "intervention.n_neutral=3"]
+SMALL += ["intervention.where=last", "intervention.max_new_tokens=8", "intervention.n_neutral=1"]
 SMALL += ["dataset.n_examples=60", "analyzer.n_background=500", FEW_NEUTRAL]
 OBJECTS = ObjectCache()
 """Shared by the runs of this file, as by the cells of a sweep (see test_shared.py)."""
@@ -32,10 +32,21 @@ def ran(cache: Path, folder: Path, *words: str) -> Result:
 
 
 @pytest.fixture(scope="module")
-def inactive(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
-    """A latent that is active at no row of the shipped data."""
+def listed(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> list[int]:
+    """Latents that are active at some row of the shipped data."""
     result = ran(cache, tmp_path_factory.mktemp("run"), "intervention=none")
-    return min(set(range(256)) - set(result.tables["latents"]["latent"]))
+    return result.tables["latents"]["latent"].tolist()
+
+
+@pytest.fixture(scope="module")
+def inactive(listed: list[int]) -> int:
+    """A latent that is active at no row of the shipped data."""
+    return min(set(range(256)) - set(listed))
+
+
+@pytest.fixture(scope="module")
+def active(listed: list[int]) -> int:
+    return listed[0]
 
 
 def objects(*words: str) -> tuple[LanguageModel, Any]:
@@ -74,11 +85,10 @@ def test_its_direction_is_added_as_a_plain_hook_adds_it(
 
 
 def test_beside_one_that_is_active_both_are_tried(
-    cache: Path, tmp_path: Path, inactive: int
+    cache: Path, tmp_path: Path, inactive: int, active: int
 ) -> None:
-    listed = ran(cache, tmp_path / "none", "intervention=none").tables["latents"]
-    active = int(listed["latent"].iloc[0])
-    result = ran(cache, tmp_path / "both", f"intervention.latents=[{inactive},{active}]")
+    few = ["intervention.n_controls=1", "intervention.n_prompts=2"]
+    result = ran(cache, tmp_path, f"intervention.latents=[{inactive},{active}]", *few)
     effects = result.tables["effects"]
     written = set(effects.loc[effects["role"] == "single", "latent"])
     assert written == {str(inactive), str(active)}
@@ -90,20 +100,20 @@ def test_beside_one_that_is_active_both_are_tried(
         ["intervention=clamp", "intervention.values=[30.0]"],
         ["intervention=ablate"],
         ["intervention=project_out", "coefficient=[0,1]"],
-        ["intervention=orthogonalize", "coefficient=[0,1]", "intervention.n_controls=1"],
+        ["intervention=orthogonalize", "coefficient=[0,1]"],
     ],
     ids=lambda words: words[0],
 )
 def test_operations_on_its_direction_run(
     cache: Path, tmp_path: Path, inactive: int, words: list[str]
 ) -> None:
-    result = ran(cache, tmp_path, f"intervention.latents=[{inactive}]", *words)
+    few = ["intervention.n_controls=1", "intervention.n_prompts=2"]
+    result = ran(cache, tmp_path, f"intervention.latents=[{inactive}]", *few, *words)
     effects = result.tables["effects"]
     assert (effects["latent"] == str(inactive)).any()
 
 
-@pytest.mark.parametrize("unit", ["max_act", "p99_act"])
-@pytest.mark.parametrize("analyzer", ["contrast", "stats"])
+@pytest.mark.parametrize(("unit", "analyzer"), [("max_act", "contrast"), ("p99_act", "stats")])
 def test_a_unit_of_its_own_activation_is_one_line(
     cache: Path, tmp_path: Path, inactive: int, unit: str, analyzer: str
 ) -> None:

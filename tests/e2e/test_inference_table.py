@@ -86,7 +86,7 @@ def test_a_quick_run_measures_and_goes_on_with_what_is_missing(
 def test_a_scenario_measured_in_another_process_is_the_same(
     scripts: SimpleNamespace, tmp_path: Path
 ) -> None:
-    name, out = "contrast: random labels", tmp_path / "out.csv"
+    name, out = "AUROC, 4 types; n=30, value=0.8", tmp_path / "out.csv"
     code = f"import runpy, sys; sys.path.insert(0, {str(FOLDER)!r})\n"
     code += f"sys.argv = ['simulate.py', {str(out)!r}, '--quick', '--only', {name!r}]\n"
     code += "runpy.run_path(sys.path[0] + '/simulate.py', run_name='__main__')"

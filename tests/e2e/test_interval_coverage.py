@@ -7,7 +7,7 @@ from scipy import sparse, special
 from saexp.stats import auroc_interval, separation_interval
 from saexp.stats.separation import stratified_rank_test, stratum_weights
 
-N_SAMPLES = 1500
+N_SAMPLES = 700
 VALUES = [0.5, 0.8, 0.97, 0.99]
 
 

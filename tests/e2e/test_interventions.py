@@ -1,6 +1,5 @@
 """Every intervention on the shipped model, as a run: its files, identities, and bad input."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +115,7 @@ def test_continuations_longer_than_the_limit_are_left_out_with_a_note(
     words = ["experiment=memorization", "layer=3", "intervention=steer", "coefficient=[0.1]"]
     words += [f"intervention.max_new_tokens={limit}", "intervention.n_controls=1"]
     words += ["intervention.n_choice_prompts=0", "intervention.top_k=1", "intervention.n_neutral=1"]
+    words += ["intervention.control_kinds=[random_norm]"]
     result = ran(cache, tmp_path, *words, "intervention.n_prompts=6")
     effects = result.tables["effects"]
     cut = [note for note in result.notes if "max_new_tokens cuts off" in note]
@@ -156,6 +156,7 @@ def test_every_outcome_is_there_with_its_interval_and_its_tests(
     asked = f"intervention.outcomes=[{','.join(names)}]"
     few = ["intervention.top_k=1", "intervention.n_controls=1"]
     few += ["intervention.directions=[latents,mean_difference,probe,random]"]
+    few += ["intervention.control_kinds=[frequency,random_norm]"]
     result = identified(cache, tmp_path, asked, "coefficient=[0,0.6]", *few)
     conditions = set(result.tables["effects"]["condition"])
     assert {"unknown_mean_difference", "unknown_probe"} < conditions
@@ -242,32 +243,6 @@ def test_a_run_stopped_in_two_stages_goes_on_where_it_was(
     for name in ("effects", "controls"):
         pd.testing.assert_frame_equal(again.tables[name], whole.tables[name])
     assert sum(n_rows) == n_whole - sum(computed)
-
-
-def test_a_sweep_over_coefficients_computes_baselines_once(cache: Path, tmp_path: Path) -> None:
-    words = [*FEW, "intervention.outcomes=[refusal]", "intervention.n_controls=1"]
-    words += ["intervention.top_k=1"]
-    one = ran(cache, tmp_path / "1", *words, "coefficient=0.3")
-    both = ran(cache, tmp_path / "2", *words, "coefficient=[0.3,0.5]")
-    test = [
-        r.tables["effects"].query("split == 'test' and coefficient != 0.5") for r in (one, both)
-    ]
-    keys = ["example_id", "condition", "coefficient"]
-    apart, together = (table.set_index(keys)["generated_text"] for table in test)
-    # A coefficient by itself is the chosen one, which has more controls.
-    assert together.index.isin(apart.index).all() and len(together) > len(apart) / 2
-    assert (apart.loc[together.index] == together).all()
-
-
-def rows_file(folder: Path, n: int, **columns: Any) -> Path:
-    rows = []
-    for i in range(n):
-        group = ("a", "b")[i % 2]
-        text = f"The {group} item number {i} is here"
-        rows.append({"text": text, "group": group, **columns})
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return path
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def cache(tmp_path_factory):
 
 
 def labelled(cache: Path, folder: Path, *words: str):
-    words = ("task=label", "dataset.n_examples=4", f"cache_dir={cache}", *words)
+    words = ("task=label", "dataset.n_examples=4", "tracker=none", f"cache_dir={cache}", *words)
     return saexp.run(saexp.compose([*words, "task.n_samples=4"]), folder)
 
 
@@ -75,8 +75,6 @@ def test_the_files_are_read_by_dataset_jsonl(own, cache):
 
 
 def test_splits_are_of_entities_seeded_and_alike_in_each_group(cache, tmp_path, own):
-    again = labelled(cache, tmp_path / "again")
-    assert (again.path / "entities.jsonl").read_text() == (own.path / "entities.jsonl").read_text()
     other = labelled(cache, tmp_path / "other", "dataset.seed=1")
     splits = [[r["split"] for r in entity_rows(r.path)] for r in (own, other)]
     assert splits[0] != splits[1]
@@ -339,7 +337,12 @@ def answer_rows(folder: Path, name: str = "answers") -> list[dict]:
 def worded(cache, tmp_path_factory):
     """The shipped model's facts asked in two ways that it was not trained on."""
     file = ROOT / "experiments/entity_recognition/facts.jsonl"
-    words = [f'dataset.path="{file}"', "dataset.n_examples=12", f"cache_dir={cache}"]
+    words = [
+        f'dataset.path="{file}"',
+        "dataset.n_examples=12",
+        f"cache_dir={cache}",
+        "tracker=none",
+    ]
     return {
         way: saexp.run(
             saexp.compose([f"experiment=uncertainty_{way}", *words]),
@@ -446,8 +449,9 @@ def test_in_chat_the_text_is_what_the_model_reads(cache, tmp_path):
         assert read.decode(tokens.ids[-1:]) == ":"
 
 
-@pytest.mark.parametrize("form", ["question", "begun"])
-@pytest.mark.parametrize("entity", ["model", "user", "Uvo"])
+@pytest.mark.parametrize(
+    ("entity", "form"), [("model", "question"), ("user", "begun"), ("Uvo", "question")]
+)
 def test_in_chat_the_entity_s_mention_is_not_the_template_s(cache, tmp_path, entity, form):
     random_hf("llama").save_pretrained(tmp_path / "model")
     tokenizer(chat=True).save_pretrained(tmp_path / "model")

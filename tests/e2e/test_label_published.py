@@ -27,7 +27,7 @@ BOOKS = [
         ("Emma", "Jane Austen", 474),
     )
 ]
-SHORT = ("task=label", "task.n_samples=0", "task.max_new_tokens=2")
+SHORT = ("task=label", "tracker=none", "task.n_samples=0", "task.max_new_tokens=2")
 
 
 @pytest.fixture()
@@ -83,14 +83,14 @@ def test_the_message_names_the_command_line_that_works(books: Path):
     assert "How answers are judged" in page
 
 
-@pytest.mark.parametrize("sign", ["", "+", "++"])
 @pytest.mark.parametrize(
-    "value",
+    ("sign", "value"),
     [
-        "Who wrote the book {entity}?",
-        "'Who wrote the book {entity}?'",
-        '"Who wrote the book {entity}?"',
-        '["Who wrote the book {entity}?"]',
+        ("", "Who wrote the book {entity}?"),
+        ("+", "'Who wrote the book {entity}?'"),
+        ("++", '"Who wrote the book {entity}?"'),
+        ("", '["Who wrote the book {entity}?"]'),
+        ("+", "Who wrote the book {entity}?"),
     ],
 )
 def test_a_template_may_be_typed_with_or_without_quotes_and_plus(sign: str, value: str):

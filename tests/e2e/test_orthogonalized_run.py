@@ -52,6 +52,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     words = [
         "tracker=none",
         "analyzer.n_bootstrap=0",
+        "analyzer.scores=false",
         "sae.check=off",
         f"cache_dir={folder}/cache",
         FEW_NEUTRAL,

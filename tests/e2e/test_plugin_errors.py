@@ -173,7 +173,7 @@ def test_the_traceback_is_shown_to_who_asks_for_it(
 
 def test_a_cell_whose_plugin_fails_says_so_and_the_others_go_on(tmp_path: Path) -> None:
     (tmp_path / "plug.py").write_text(MODULE)
-    words = ["plugins=[plug]", "analyzer.name=boom,contrast", "hydra.sweep.dir=sweep"]
+    words = ["plugins=[plug]", "analyzer.name=boom,stats", "hydra.sweep.dir=sweep"]
     result = command(tmp_path, "-m", *SMALL, *words)
     assert result.code == 1
     assert "Traceback" not in result.err

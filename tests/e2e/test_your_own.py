@@ -9,6 +9,7 @@ import pytest
 
 from saexp.cli import main
 from tests.readme_commands import ROOT, blocks
+from tests.shipped_texts import FEW_NEUTRAL
 
 (PACKAGE,) = (
     content
@@ -27,7 +28,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def typed(monkeypatch: pytest.MonkeyPatch, project_folder: Path, name: str, *words: str) -> Path:
     folder = project_folder / name
-    always = ["plugins=[my_saexp]", "tracker=none", "cache_dir=cache"]
+    always = ["plugins=[my_saexp]", "tracker=none", "cache_dir=cache", FEW_NEUTRAL]
+    always += ["analyzer.n_bootstrap=0"]
     monkeypatch.setattr(sys, "argv", ["saexp", *always, f"hydra.run.dir={folder}", *words])
     main()
     return folder

@@ -26,6 +26,7 @@ from tests.unit.saes.make import COMMIT
 ROOT = Path(__file__).parents[3]
 _FEW = {
     "tracker": "none",
+    "sae.check": "off",
     "dataset.n_examples": 3,
     "dataset.background": "neutral.txt",
     "analyzer.n_background": 32,
@@ -88,7 +89,7 @@ class Terminal:
         lines = (ASSETS / "background.txt").read_text("utf-8").splitlines()
         (folder / "neutral.txt").write_text("\n".join(lines[:4]), encoding="utf-8")
         (folder / "texts.txt").write_text("\n".join(lines[8:]), encoding="utf-8")
-        long = map(" ".join, zip(lines[8:28:2], lines[9:28:2], strict=True))
+        long = map(" ".join, zip(lines[8:20:2], lines[9:20:2], strict=True))
         (folder / "long.txt").write_text("\n".join(long), encoding="utf-8")
 
     def type(self, words: str | Sequence[str], *more: str) -> CommandResult:

@@ -104,9 +104,6 @@ def test_a_custom_data_set(user: Terminal) -> None:
     m = run.metrics
     assert m["contrast/n_significant_test"] > 10 and m["contrast/n_selected_garden"] > 0
     assert m["contrast/best_auroc_garden_test"] == 1.0
-    effects = check_effects(run, [0.0, 0.3, 0.6, 0.9], never_refuses=True)
+    check_effects(run, [0.0, 0.3, 0.6, 0.9], never_refuses=True)
     assert m["effect/refusal/baseline_garden"] == 0
     assert m["effect/dont_know/baseline_garden"] < 0
-    again = user.run("own again", words, *few(n_examples=14))
-    assert again.metrics["collection/tokens_forwarded"] == 0 < m["collection/tokens_forwarded"]
-    assert again.table("effects")["generated_text"].equals(effects["generated_text"])

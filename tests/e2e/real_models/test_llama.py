@@ -107,4 +107,4 @@ def test_the_table_from_the_model_itself(user: Terminal) -> None:
         "tracker=none",
     )
     assert result.code == 1
-    assert "all rows are of one group, not_memorized (10)" in result.err
+    assert "all rows are of one group, not_memorized (6)" in result.err

@@ -12,7 +12,7 @@ from tests.hub_caches import repository, save_pythia
 pytestmark = pytest.mark.slow
 
 NAME = "EleutherAI/pythia-70m-deduped"
-FEW = ("tracker=none", "sae_trainer.n_samples=4096")
+FEW = ("tracker=none", "sae_trainer.n_samples=2048")
 
 
 @pytest.fixture(scope="module")
@@ -40,24 +40,18 @@ def check_trained(user: Terminal, run: Run) -> None:
     assert run.table("training")["step"].is_monotonic_increasing
 
 
-def test_an_sae_from_nothing(user: Terminal) -> None:
-    words = command_on("docs/guides/training.md", "experiment=train_from_scratch")
-    run = user.run("scratch", words, *FEW)
-    check_trained(user, run)
-    assert run.about["config"]["sae_trainer"]["options"]["l1_coefficient"] == 5e-4
-
-
 def test_variants_on_the_same_activations_and_one_put_to_use(user: Terminal) -> None:
     words = command_on("experiments/train_from_scratch/README.md", "sae_trainer=tutorial,", "-m")
     sweep = user.run("variants", words, *FEW)
     table = sweep.table("sweep")
     assert table["status"].tolist() == ["finished"] * len(table)
     assert table["sae_trainer"].tolist() == ["tutorial", "topk", "gated"]
-    # Those of the test before, or of the first cell.
-    assert table["collection/tokens_forwarded"].tolist()[1:] == [0, 0]
+    first, *others = table["collection/tokens_forwarded"]
+    assert first > 0 and others == [0, 0]
     cells = [Run(sweep.folder / str(cell)) for cell in table["folder"]]
     for cell in cells:
         check_trained(user, cell)
+    assert cells[0].about["config"]["sae_trainer"]["options"]["l1_coefficient"] == 5e-4
     assert cells[1].metrics["sparsity/l0"] <= 16
     used = user.run(
         "used",
