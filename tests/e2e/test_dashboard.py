@@ -25,7 +25,13 @@ from saexp.tasks.dashboard import parse_latents
 from tests.random_models import D_MODEL, N_LAYERS, random_hf, random_lm, save
 from tests.shipped_texts import FEW_NEUTRAL
 
-SMALL = ["task=dashboard", "dataset.n_examples=40", "analyzer.n_bootstrap=20", "layer=2"]
+SMALL = [
+    "task=dashboard",
+    "dataset.n_examples=40",
+    "analyzer.n_bootstrap=20",
+    "layer=2",
+    "tracker=none",
+]
 SMALL += ["analyzer.n_background=500", FEW_NEUTRAL]
 N_BEST = 2
 
