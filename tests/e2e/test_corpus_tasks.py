@@ -9,11 +9,14 @@ import pandas as pd
 import pytest
 
 import saexp
+from saexp.context import ObjectCache
 from saexp.data.datasets import background_texts
 from saexp.errors import ConfigError
 from tests.shipped_texts import FEW_NEUTRAL
 
 N_TEXTS = 40
+OBJECTS = ObjectCache()
+"""Shared by the runs of this file, as by the cells of a sweep (see test_shared.py)."""
 UNLIKE = ("seconds", "tokens_forwarded")
 """Endings of metrics that depend on what was stored before."""
 
@@ -32,7 +35,7 @@ def run(folder: Path, dataset: str, name: str, words: Sequence[str]) -> Path:
     words += [f"dataset={dataset}", f"dataset.path={folder}/texts.txt"]
     if dataset == "corpus":
         words += ["dataset.document=line", "dataset.pack=false"]
-    saexp.run(saexp.compose(words), out)
+    saexp.run(saexp.compose(words), out, objects=OBJECTS)
     return out
 
 
@@ -64,7 +67,6 @@ def as_contexts(table: pd.DataFrame) -> pd.DataFrame:
         ("evaluate", ["task=evaluate", "task.n_bootstrap=20"]),
         ("sampled", ["task=evaluate", "task.n_bootstrap=0", "task.n_texts=20"]),
         ("stats", ["analyzer=stats", "intervention=none", "positions=all"]),
-        ("top", ["analyzer=top_features", "intervention=none", "positions=all"]),
         ("last", ["analyzer=top_features", "intervention=none", "positions=last"]),
     ],
 )

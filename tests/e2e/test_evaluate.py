@@ -8,16 +8,20 @@ import pandas as pd
 import pytest
 
 import saexp
+from saexp.context import ObjectCache
 from saexp.errors import ConfigError, DataError, ModelError, SAEError, SaexpError
 from saexp.tasks import evaluate as module
 
 N_TEXTS = 40
+OBJECTS = ObjectCache()
+"""Shared by the runs of this file, as by the cells of a sweep (see test_shared.py)."""
 WORDS = ["task=evaluate", "tracker=none", "device=cpu"]
 WORDS += ["task.n_bootstrap=50", f"task.n_texts={N_TEXTS}"]
 
 
 def evaluated(folder: Path, *words: str):
-    return saexp.run(saexp.compose([*WORDS, f"cache_dir={folder}/cache", *words]), folder / "run")
+    cfg = saexp.compose([*WORDS, f"cache_dir={folder}/cache", *words])
+    return saexp.run(cfg, folder / "run", objects=OBJECTS)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from saexp.sweeps import planning
 from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.run_outputs import page_of
 
-CELLS = {"3_256": (3, 256), "2_256": (2, 256), "2_512": (2, 512), "2_512_again": (2, 512)}
+CELLS = [(3, 256), (2, 256), (2, 512)]
 SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "dataset.n_examples=40"]
 SMALL += ["analyzer.n_background=500", FEW_NEUTRAL]
 
@@ -31,13 +31,14 @@ SMALL += ["analyzer.n_background=500", FEW_NEUTRAL]
 def finished_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four cells, two of them of the same SAE."""
     folder, shared = tmp_path_factory.mktemp("sweep"), ObjectCache()
-    for number, (layer, width) in enumerate(CELLS.values()):
+    for number, (layer, width) in enumerate(CELLS):
         cell_folder = folder / f"{number}_cell"
         words = [f"layer={layer}", f"width={width}"]
         cfg = saexp.compose([*SMALL, *words, f"cache_dir={folder}/cache"])
         saexp.run(cfg, cell_folder, objects=shared)
         (cell_folder / ".hydra").mkdir()
         (cell_folder / ".hydra/overrides.yaml").write_text(json.dumps(words))
+    shutil.copytree(folder / "2_cell", folder / "3_cell")
     planning.match_cells(folder, ObjectCache())
     return folder
 

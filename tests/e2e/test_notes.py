@@ -51,7 +51,7 @@ RUNS = {
     ],
     "stats of two layers": ["analyzer=stats", "layer=[1,2]", "intervention=none", FEW_NEUTRAL],
     "collect": ["task=collect", "layer=1"],
-    "dashboard": ["task=dashboard", "task.latents=[1]", "positions=entity_last"],
+    "dashboard": ["task=dashboard", "task.latents=[1]", "positions=entity_last", FEW_NEUTRAL],
     "train": ["task=train", "layer=1", "width=16", "positions=entity_last"],
 }
 
@@ -72,7 +72,7 @@ def test_a_second_data_set_has_notes_of_its_own(file: Path, cache: Path, tmp_pat
     words = ["analyzer=probe", f"analyzer.transfer={file}", "intervention=none"]
     words += [
         "analyzer.n_bootstrap=0",
-        "dataset.n_examples=100",
+        "dataset.n_examples=40",
         "analyzer.n_background=200",
         FEW_NEUTRAL,
     ]
