@@ -9,11 +9,14 @@ import pandas as pd
 import pytest
 
 import saexp
+from saexp.context import ObjectCache
 from saexp.data.datasets import background_texts
 from saexp.errors import ConfigError
 from tests.shipped_texts import FEW_NEUTRAL
 
-N_TEXTS = 60
+N_TEXTS = 40
+OBJECTS = ObjectCache()
+"""Shared by the runs of this file, as by the cells of a sweep (see test_shared.py)."""
 UNLIKE = ("seconds", "tokens_forwarded")
 """Endings of metrics that depend on what was stored before."""
 
@@ -28,11 +31,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, dataset: str, name: str, words: Sequence[str]) -> Path:
     out = folder / name / dataset
-    words = ["layer=2", "tracker=none", f"cache_dir={folder}/cache", *words]
+    words = ["layer=2", "tracker=none", FEW_NEUTRAL, f"cache_dir={folder}/cache", *words]
     words += [f"dataset={dataset}", f"dataset.path={folder}/texts.txt"]
     if dataset == "corpus":
         words += ["dataset.document=line", "dataset.pack=false"]
-    saexp.run(saexp.compose(words), out)
+    saexp.run(saexp.compose(words), out, objects=OBJECTS)
     return out
 
 
@@ -61,10 +64,9 @@ def as_contexts(table: pd.DataFrame) -> pd.DataFrame:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("evaluate", ["task=evaluate", "task.n_bootstrap=100"]),
+        ("evaluate", ["task=evaluate", "task.n_bootstrap=20"]),
         ("sampled", ["task=evaluate", "task.n_bootstrap=0", "task.n_texts=20"]),
         ("stats", ["analyzer=stats", "intervention=none", "positions=all"]),
-        ("top", ["analyzer=top_features", "intervention=none", "positions=all"]),
         ("last", ["analyzer=top_features", "intervention=none", "positions=last"]),
     ],
 )
@@ -94,7 +96,6 @@ def test_a_dashboard_of_a_corpus_shows_what_that_of_its_texts_shows(folder: Path
         "positions=all",
         "task.latents=top:3",
         "analyzer.n_background=500",
-        FEW_NEUTRAL,
     ]
     cards = [
         json.loads((path / "dashboard.json").read_text("utf-8"))

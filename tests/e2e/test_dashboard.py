@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import saexp
 from saexp.config import DashboardConfig, SAEConfig
+from saexp.context import ObjectCache
 from saexp.data.datasets import ASSETS
 from saexp.errors import ConfigError
 from saexp.models.loading import LanguageModel
@@ -25,9 +26,17 @@ from saexp.tasks.dashboard import parse_latents
 from tests.random_models import D_MODEL, N_LAYERS, random_hf, random_lm, save
 from tests.shipped_texts import FEW_NEUTRAL
 
-SMALL = ["task=dashboard", "dataset.n_examples=40", "analyzer.n_bootstrap=20", "layer=2"]
+SMALL = [
+    "task=dashboard",
+    "dataset.n_examples=40",
+    "analyzer.n_bootstrap=20",
+    "layer=2",
+    "tracker=none",
+]
 SMALL += ["analyzer.n_background=500", FEW_NEUTRAL]
 N_BEST = 2
+OBJECTS = ObjectCache()
+"""Shared by the runs of this file, as by the cells of a sweep (see test_shared.py)."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class DashboardRun:
 
 def make(folder: Path, cache: Path, *words: str) -> DashboardRun:
     cfg = saexp.compose([*SMALL, *words, f"cache_dir={cache}"])
-    result = saexp.run(cfg, folder)
+    result = saexp.run(cfg, folder, objects=OBJECTS)
     sae = saexp.build("sae", cfg.sae)
     about = json.loads((folder / "provenance.json").read_text("utf-8"))
     x = saexp.open_store(about["store"]["path"]).acts(sae.hookpoint.layer, sae.hookpoint.stream)

@@ -8,15 +8,20 @@ import pandas as pd
 import pytest
 
 import saexp
+from saexp.context import ObjectCache
 from saexp.errors import ConfigError, DataError, ModelError, SAEError, SaexpError
 from saexp.tasks import evaluate as module
 
+N_TEXTS = 40
+OBJECTS = ObjectCache()
+"""Shared by the runs of this file, as by the cells of a sweep (see test_shared.py)."""
 WORDS = ["task=evaluate", "tracker=none", "device=cpu"]
-WORDS += ["task.n_bootstrap=200", "task.n_texts=100"]
+WORDS += ["task.n_bootstrap=50", f"task.n_texts={N_TEXTS}"]
 
 
 def evaluated(folder: Path, *words: str):
-    return saexp.run(saexp.compose([*WORDS, f"cache_dir={folder}/cache", *words]), folder / "run")
+    cfg = saexp.compose([*WORDS, f"cache_dir={folder}/cache", *words])
+    return saexp.run(cfg, folder / "run", objects=OBJECTS)
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +45,11 @@ def test_the_numbers_of_the_shipped_sae_are_good(one):
     assert m["reconstruction/kl_score"] > 0.9
     assert m["reconstruction/explained_variance"] > 0.8
     assert 0 < m["sparsity/l0"] < 64
-    assert m["evaluation/n_texts"] == 100
+    assert m["evaluation/n_texts"] == N_TEXTS
     assert m["sparsity/n_positions"] == m["evaluation/n_compared"]
     # Every token but a text's last has a next one.
-    assert m["evaluation/n_scored"] == m["evaluation/n_compared"] - 100
-    assert m["collection/tokens_forwarded"] == m["evaluation/n_compared"] + 100
+    assert m["evaluation/n_scored"] == m["evaluation/n_compared"] - N_TEXTS
+    assert m["collection/tokens_forwarded"] == m["evaluation/n_compared"] + N_TEXTS
 
 
 def test_the_files_say_what_was_measured(one):
@@ -118,7 +123,6 @@ def test_groups_of_one_say_the_same_as_one_group(many, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words",
     [
-        ["dataset=entities", "dataset.n_examples=5"],
         ["dataset=ioi", "dataset.n_examples=9", "task.splice_special=true"],
         ["sae=random", "width=64"],
         ["'dataset.text=My neighbour looked at a narrow lane.'"],

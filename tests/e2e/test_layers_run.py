@@ -23,6 +23,8 @@ SMALL += ["dataset.n_examples=80", "analyzer.n_background=500", FEW_NEUTRAL]
 SMALL += ["intervention.n_neutral=3"]
 FEW = ["intervention.n_prompts=2", "intervention.n_controls=1"]
 PER_LAYER = ["intervention.latents=selected_per_layer", "intervention.layers=[2,3]"]
+LATENT = 67
+"""Of layer 1, active on known entities."""
 OBJECTS = ObjectCache()
 """Shared by the runs of this file, as by the cells of a sweep (see test_shared.py)."""
 
@@ -37,7 +39,7 @@ def ran(cache: Path, folder: Path, *words: str) -> Result:
     return saexp.run(cfg, folder, objects=OBJECTS)
 
 
-@pytest.mark.parametrize("mode", ["steer", "clamp", "ablate"])
+@pytest.mark.parametrize("mode", ["steer", "ablate"])
 def test_layers_are_changed_together_and_singly(cache: Path, tmp_path: Path, mode: str) -> None:
     outcomes = "intervention.outcomes=[refusal,answer_probability]"
     strengths = "coefficient=[0,0.6]" if mode == "steer" else "coefficient=[0,1]"
@@ -73,23 +75,34 @@ def test_layers_are_changed_together_and_singly(cache: Path, tmp_path: Path, mod
 
 
 class Ablated(NamedTuple):
-    """Latents of layers 2 and 3, together and singly; and a run of layer 3."""
+    """Latents of layers 2 and 3, together and singly; and a run of layer 3; with the names under
+    which results were kept."""
 
     several: Result
     alone: Result
+    kept: list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def ablated(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Ablated:
-    folder = tmp_path_factory.mktemp("ablated")
+def ablated(tmp_path_factory: pytest.TempPathFactory) -> Ablated:
+    folder, kept = tmp_path_factory.mktemp("ablated"), []
+
+    class Watched(ResultCache):
+        def __init__(self, cache_dir: Any, determined_by: Any) -> None:
+            kept.append(dict(determined_by))
+            super().__init__(cache_dir, determined_by)
+
     words = ["intervention=ablate", "coefficient=[0,1]"]
-    words += ["intervention.outcomes=[answer_logit,attention]", "dataset.n_examples=null"]
-    several = ran(cache, folder / "several", *words, *PER_LAYER)
-    return Ablated(several, ran(cache, folder / "alone", *words, "layer=3"))
+    words += ["intervention.outcomes=[answer_logit,attention]", "dataset.n_examples=160"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal, "ResultCache", Watched)
+        several = ran(folder / "cache", folder / "several", *words, *PER_LAYER)
+        alone = ran(folder / "cache", folder / "alone", *words, "layer=3")
+    return Ablated(several, alone, kept)
 
 
 def test_a_layer_s_latents_alone_are_as_in_a_run_of_that_layer(ablated: Ablated) -> None:
-    several, alone = ablated
+    several, alone, _ = ablated
 
     def values(result: Result, condition: str) -> pd.Series:
         table = result.tables["effects"]
@@ -107,7 +120,7 @@ def test_a_layer_s_latents_alone_are_as_in_a_run_of_that_layer(ablated: Ablated)
 
 def test_attention_under_latents_of_several_layers(ablated: Ablated) -> None:
     """A layer alone is as in a run of that layer; both together differ from either."""
-    several, alone = (result.tables["attention"] for result in ablated)
+    several, alone = (result.tables["attention"] for result in ablated[:2])
 
     def edited(table: pd.DataFrame, condition: str) -> np.ndarray:
         of_condition = table[(table["condition"] == condition) & (table["coefficient"] == 1)]
@@ -121,21 +134,15 @@ def test_attention_under_latents_of_several_layers(ablated: Ablated) -> None:
     assert np.abs(patterns[2] - patterns[1]).max() > 1e-6
 
 
-def test_all_layers_are_collected_in_one_pass(tmp_path: Path) -> None:
-    one = ran(tmp_path / "a", tmp_path / "1", "intervention=none")
-    words = ["intervention=ablate", *PER_LAYER, *FEW]
-    both = ran(tmp_path / "b", tmp_path / "2", *words)
+def test_all_layers_are_collected_in_one_pass(ablated: Ablated, tmp_path: Path) -> None:
+    one = ran(tmp_path / "cache", tmp_path / "run", "intervention=none", "dataset.n_examples=160")
     name = "collection/tokens_forwarded"
-    assert both.metrics[name] == one.metrics[name]
-    again = ran(tmp_path / "b", tmp_path / "3", *words)
-    assert again.metrics[name] == 0
+    assert ablated.several.metrics[name] == one.metrics[name]
+    assert ablated.alone.metrics[name] == 0
 
 
 def test_latents_by_layer_are_named_on_the_command_line(cache: Path, tmp_path: Path) -> None:
-    table = ran(cache, tmp_path / "first", "intervention=none", "layer=1").tables["latents"]
-    gaps = table["auroc"].sub(0.5).abs().to_numpy()
-    best = int(table["latent"].to_numpy()[gaps.argmax()])
-    words = ["intervention=clamp", f"intervention.latents={{1:[{best}],3:selected}}"]
+    words = ["intervention=clamp", f"intervention.latents={{1:[{LATENT}],3:selected}}"]
     result = ran(cache, tmp_path / "clamp", *words, *FEW, "coefficient=1")
     conditions = set(result.tables["effects"]["condition"])
     assert {"known_layers_1_3", "known_layer_1", "known_layer_3"} < conditions
@@ -145,29 +152,16 @@ def test_latents_by_layer_are_named_on_the_command_line(cache: Path, tmp_path: P
         "analyzer=stats",
         "intervention=ablate",
         *FEW,
-        f"intervention.latents={{1:[{best}],3:[5]}}",
+        f"intervention.latents={{1:[{LATENT}],3:[5]}}",
         "coefficient=1",
     )
     assert "latents_layers_1_3" in set(described.tables["effects"]["condition"])
 
 
-def test_results_are_kept_under_the_names_of_all_saes(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[dict[str, Any]] = []
-
-    class Watched(ResultCache):
-        def __init__(self, cache_dir: Any, determined_by: Any) -> None:
-            seen.append(dict(determined_by))
-            super().__init__(cache_dir, determined_by)
-
-    monkeypatch.setattr(causal, "ResultCache", Watched)
-    words = ["intervention=ablate", "coefficient=1", *FEW]
-    ran(cache, tmp_path / "2", *words, *PER_LAYER)
-    ran(cache, tmp_path / "1", *words)
-    saes = seen[0]["saes"]
+def test_results_are_kept_under_the_names_of_all_saes(ablated: Ablated) -> None:
+    saes = ablated.kept[0]["saes"]
     assert len(set(saes)) == 2
-    (own,) = seen[-1]["saes"]
+    (own,) = ablated.kept[-1]["saes"]
     assert own in saes
 
 

@@ -22,7 +22,7 @@ from saexp.sweeps import planning
 from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.run_outputs import page_of
 
-CELLS = {"3_256": (3, 256), "2_256": (2, 256), "2_512": (2, 512), "2_512_again": (2, 512)}
+CELLS = [(3, 256), (2, 256), (2, 512)]
 SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "dataset.n_examples=40"]
 SMALL += ["analyzer.n_background=500", FEW_NEUTRAL]
 
@@ -30,13 +30,15 @@ SMALL += ["analyzer.n_background=500", FEW_NEUTRAL]
 @pytest.fixture(scope="module")
 def finished_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four cells, two of them of the same SAE."""
-    folder = tmp_path_factory.mktemp("sweep")
-    for number, (layer, width) in enumerate(CELLS.values()):
+    folder, shared = tmp_path_factory.mktemp("sweep"), ObjectCache()
+    for number, (layer, width) in enumerate(CELLS):
         cell_folder = folder / f"{number}_cell"
         words = [f"layer={layer}", f"width={width}"]
-        saexp.run(saexp.compose([*SMALL, *words, f"cache_dir={folder}/cache"]), cell_folder)
+        cfg = saexp.compose([*SMALL, *words, f"cache_dir={folder}/cache"])
+        saexp.run(cfg, cell_folder, objects=shared)
         (cell_folder / ".hydra").mkdir()
         (cell_folder / ".hydra/overrides.yaml").write_text(json.dumps(words))
+    shutil.copytree(folder / "2_cell", folder / "3_cell")
     planning.match_cells(folder, ObjectCache())
     return folder
 
@@ -74,8 +76,14 @@ def test_every_leading_latent_has_its_nearest_in_every_other_sae(finished_sweep:
         assert row["to_d_sae"] == len(decoder)
 
 
+@cache
+def activations(cell: Path) -> pd.DataFrame:
+    return pd.read_parquet(cell / "activations.parquet")
+
+
+@cache
 def fires(cell: Path, latent: int) -> pd.Series:
-    table = pd.read_parquet(cell / "activations.parquet")
+    table = activations(cell)
     of_latent = table[(table["latent"] == latent) & (table["split"] == "test")]
     return of_latent.set_index("example_id")["value"] > 1e-6
 
@@ -86,7 +94,7 @@ def test_cofiring_is_the_best_of_the_others_leading_latents(finished_sweep: Path
     for row in matches.dropna(subset=["phi"]).to_dict("records"):
         first, second = (finished_sweep / f"{row[f'{end}_cell']}_cell" for end in ("from", "to"))
         own = fires(first, row["latent"])
-        leading = pd.read_parquet(second / "activations.parquet")["latent"].unique()
+        leading = activations(second)["latent"].unique()
         phi = {}
         for latent in leading:
             other = fires(second, latent).loc[own.index]

@@ -12,7 +12,6 @@ from tests.shipped_texts import FEW_NEUTRAL
 SHIPPED = Path(saexp.__file__).parent / "assets/tiny/entities.jsonl"
 MISSPELT = "column 'splitt' is not used by saexp; did you mean split?"
 SKIPPED = "12 of 48 examples were skipped: no entity span (12)"
-SHORT = ["n_prompts=2", "n_controls=1", "max_new_tokens=2", "n_choice_prompts=2"]
 OBJECTS = ObjectCache()
 """Shared by the runs of this file, as by the cells of a sweep (see test_shared.py)."""
 
@@ -48,11 +47,11 @@ RUNS = {
         "analyzer.n_bootstrap=0",
         "analyzer.n_background=200",
         FEW_NEUTRAL,
-        *(f"intervention.{word}" for word in SHORT),
+        "intervention=none",
     ],
-    "stats of two layers": ["analyzer=stats", "layer=[1,2]", "intervention=none"],
+    "stats of two layers": ["analyzer=stats", "layer=[1,2]", "intervention=none", FEW_NEUTRAL],
     "collect": ["task=collect", "layer=1"],
-    "dashboard": ["task=dashboard", "task.latents=[1]", "positions=entity_last"],
+    "dashboard": ["task=dashboard", "task.latents=[1]", "positions=entity_last", FEW_NEUTRAL],
     "train": ["task=train", "layer=1", "width=16", "positions=entity_last"],
 }
 
@@ -73,7 +72,7 @@ def test_a_second_data_set_has_notes_of_its_own(file: Path, cache: Path, tmp_pat
     words = ["analyzer=probe", f"analyzer.transfer={file}", "intervention=none"]
     words += [
         "analyzer.n_bootstrap=0",
-        "dataset.n_examples=100",
+        "dataset.n_examples=40",
         "analyzer.n_background=200",
         FEW_NEUTRAL,
     ]

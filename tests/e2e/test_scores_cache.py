@@ -129,12 +129,10 @@ def test_the_same_places_of_other_texts_are_other_rows(tmp_path: Path, differing
 
 
 CHANGES: list[tuple[str, Callable[[Path], None], list[str], tuple[int, int]]] = [
-    ("nothing", lambda _: None, [], (0, 0)),
     ("batches", lambda _: None, ["store.batch_tokens=64", "intervention.batch_tokens=64"], (0, 0)),
     ("order of texts", shuffle, [], (1, 0)),
     ("positions", lambda _: None, ["analyzer.seed=1"], (1, 0)),
     ("SAE", lambda _: None, ["width=512"], (1, 1)),
-    ("layer", lambda _: None, ["layer=1"], (1, 1)),
     ("model", lambda _: None, ["dtype=bfloat16"], (1, 1)),
 ]
 

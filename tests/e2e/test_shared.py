@@ -77,7 +77,14 @@ def assert_same(one: Result, other: Result) -> None:
 
 
 def test_a_sweep_over_coefficients_encodes_each_text_set_once(calls: Calls, tmp_path: Path) -> None:
-    result = command(tmp_path, "-m", "coefficient=0,0.6", *SMALL, "hydra.sweep.dir=sweep")
+    result = command(
+        tmp_path,
+        "-m",
+        "coefficient=0,0.6",
+        "intervention.outcomes=[answer_logit]",
+        *SMALL,
+        "hydra.sweep.dir=sweep",
+    )
     assert result.code == 0, result.err[-2000:]
     # The run's own positions and those of neutral text.
     assert (calls.encoded, calls.contrasted) == (2, 1)
@@ -88,7 +95,7 @@ def test_a_sweep_over_coefficients_encodes_each_text_set_once(calls: Calls, tmp_
 
 
 def test_what_is_kept_gives_the_same_run(calls: Calls, cache: Path, tmp_path: Path) -> None:
-    words = ["coefficient=0.3"]
+    words = ["intervention=ablate", "intervention.outcomes=[answer_logit]"]
     first = run(cache, tmp_path / "1", *words, shared=calls.shared)
     again = run(cache, tmp_path / "2", *words, shared=calls.shared)
     assert (calls.encoded, calls.contrasted) == (2, 1)
@@ -110,10 +117,8 @@ def filled(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> ObjectCache
 @pytest.mark.parametrize(
     ("word", "encoded", "contrasted"),
     [
-        ("intervention=clamp", 0, 0),
-        ("analyzer.alpha=0.01", 0, 1),
+        ("intervention=ablate intervention.outcomes=[answer_logit]", 0, 0),
         ("analyzer.n_bootstrap=20", 0, 1),
-        ("layer=2", 2, 1),
         ("width=512", 2, 1),
         ("dataset.entity_types=[city]", 1, 1),
         ("seed=1", 2, 1),
@@ -129,7 +134,7 @@ def test_only_what_does_not_matter_is_left_out(
     contrasted: int,
 ) -> None:
     words = [w for w in ("layer=1", "intervention=none") if w.split("=")[0] != word.split("=")[0]]
-    run(cache, tmp_path, *words, word, shared=filled)
+    run(cache, tmp_path, *words, *word.split(), shared=filled)
     assert (calls.encoded, calls.contrasted) == (encoded, contrasted)
 
 

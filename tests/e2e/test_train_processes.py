@@ -190,13 +190,6 @@ def test_the_command_that_a_user_types_reaches_both_processes(tmp_path: Path) ->
     assert done.returncode == 1
 
 
-def test_an_error_of_all_processes_is_one_line(corpus: Path, tmp_path: Path) -> None:
-    done = in_processes([*CORPUS, f"dataset.path={corpus}", "layer=99"], tmp_path)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("saexp: ")]
-    assert len(lines) == 1 and "layer=99 is out of range" in lines[0], done.stderr[-3000:]
-    assert done.returncode == 1
-
-
 @pytest.mark.parametrize(
     ("check", "part"),
     [

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -77,12 +77,25 @@ def run(cache: Path, folder: Path, sae_folder: Path, *words: str) -> Result:
     return saexp.run(cfg, folder)
 
 
-def test_metrics_are_of_the_stream_that_is_predicted(cache: Path, tmp_path: Path) -> None:
-    by_data = stores(cache)
-    sae_folder = skip_transcoder(tmp_path / "sae", *streams(by_data["neutral"]))
-    result = run(cache, tmp_path / "run", sae_folder)
+class Fitted(NamedTuple):
+    """A transcoder that is fitted to neutral text, and a run with it."""
+
+    sae: Path
+    folder: Path
+    result: Result
+
+
+@pytest.fixture(scope="module")
+def fitted(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    folder = tmp_path_factory.mktemp("fitted")
+    sae_folder = skip_transcoder(folder / "sae", *streams(stores(cache)["neutral"]))
+    return Fitted(sae_folder, folder / "run", run(cache, folder / "run", sae_folder))
+
+
+def test_metrics_are_of_the_stream_that_is_predicted(cache: Path, fitted: Fitted) -> None:
+    sae_folder, run_folder, result = fitted
     assert result.metrics["collection/tokens_forwarded"] == 0
-    sae, (x, y) = saexp.load_sae(sae_folder), streams(by_data["own"])
+    sae, (x, y) = saexp.load_sae(sae_folder), streams(stores(cache)["own"])
     acts = sae.encode(x)
     error = (sae.decode(acts, x) - y).double().square().sum(-1)
     spread = (y.double() - y.double().mean(0)).square().sum(-1)
@@ -92,17 +105,19 @@ def test_metrics_are_of_the_stream_that_is_predicted(cache: Path, tmp_path: Path
     )
     assert metrics["reconstruction/mse"] == pytest.approx(float(error.mean()), rel=1e-5)
     assert metrics["sparsity/l0"] == pytest.approx(float((acts != 0).sum(-1).double().mean()))
-    assert (tmp_path / "run/report.html").is_file()
-    about = json.loads((tmp_path / "run/provenance.json").read_text("utf-8"))
+    assert (run_folder / "report.html").is_file()
+    about = json.loads((run_folder / "provenance.json").read_text("utf-8"))
     assert about["sae"]["hookpoint"] == f"layer_{LAYER}.mlp_in"
     assert about["sae"]["hookpoint_out"] == f"layer_{LAYER}.mlp_out"
 
 
-def test_the_check_compares_with_the_other_stream(cache: Path, tmp_path: Path) -> None:
+def test_the_check_compares_with_the_other_stream(
+    cache: Path, fitted: Fitted, tmp_path: Path
+) -> None:
     """Fitted to neutral text it fits there; one block off, the right block is named."""
     x, y = streams(stores(cache)["neutral"])
     assert not torch.allclose(x, y)
-    fits = run(cache, tmp_path / "fits", skip_transcoder(tmp_path / "a", x, y))
+    fits = fitted.result
     assert fits.metrics["check/explained_variance"] > 0.4
     # At the positions analysed it explains little, which is noted; its reading is not in doubt.
     assert not any("on neutral text, " in n or "looks trained" in n for n in fits.notes)
@@ -113,10 +128,11 @@ def test_the_check_compares_with_the_other_stream(cache: Path, tmp_path: Path) -
     assert f"at layer_{LAYER}.mlp_in: it looks trained on that layer" in note
 
 
-def test_another_analyzer_reads_both_streams_too(cache: Path, tmp_path: Path) -> None:
-    sae_folder = skip_transcoder(tmp_path / "sae", *streams(stores(cache)["neutral"]))
-    contrast = run(cache, tmp_path / "contrast", sae_folder).metrics
-    stats = run(cache, tmp_path / "stats", sae_folder, "analyzer=stats").metrics
+def test_another_analyzer_reads_both_streams_too(
+    cache: Path, fitted: Fitted, tmp_path: Path
+) -> None:
+    contrast = fitted.result.metrics
+    stats = run(cache, tmp_path / "stats", fitted.sae, "analyzer=stats").metrics
     name = "reconstruction/explained_variance"
     assert stats[name] == contrast[name]
 

@@ -62,7 +62,7 @@ def characters(placement: Any, of: Any, number: int, n: int) -> list[tuple[int, 
 
 @pytest.mark.parametrize("of", [tokenizer(), LEFT], ids=["cut at the end", "cut at the beginning"])
 @pytest.mark.parametrize(("kind", "options"), KINDS, ids=lambda v: str(v))
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(words=st.lists(st.sampled_from(WORDS), min_size=4, max_size=14), n=st.integers(2, 30))
 def test_what_is_read_in_a_cut_text_is_what_is_read_in_the_whole_text(
     of: Any, kind: str, options: dict[str, Any], words: list[str], n: int

@@ -23,10 +23,11 @@ from tests.unit.saes.make import write_saelens
 
 
 def test_a_run_steers_with_the_probe_it_reports(tmp_path: Path) -> None:
-    words = ["analyzer=probe", "layer=2", "dataset.n_examples=200", "tracker=none"]
+    words = ["analyzer=probe", "layer=2", "dataset.n_examples=60", "tracker=none", FEW_NEUTRAL]
     words += ["intervention.directions=[probe]", "intervention.n_prompts=4", "coefficient=[0,1]"]
     words += ["intervention.n_controls=1", "intervention.max_new_tokens=2"]
     words += ["intervention.outcomes=[refusal]", "analyzer.k=[1]", "analyzer.n_bootstrap=0"]
+    words += ["intervention.n_neutral=2", "intervention.n_choice_prompts=2"]
     result = saexp.run(saexp.compose([*words, f"cache_dir={tmp_path / 'cache'}"]), tmp_path / "run")
     probes = result.tables["probes"]
     c = probes.loc[(probes["probe"] == "dense") & (probes["data"] == "test"), "c"].item()
@@ -45,7 +46,7 @@ def test_a_run_estimates_it_and_says_so(tmp_path: Path) -> None:
     weights = {n: w.float() for n, w in load_file(SHIPPED / "sae_weights.safetensors").items()}
     cfg = json.loads((SHIPPED / "cfg.json").read_text("utf-8"))
     words = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "layer=2"]
-    words.append(f"cache_dir={tmp_path}/cache")
+    words += [FEW_NEUTRAL, "dataset.n_examples=40", f"cache_dir={tmp_path}/cache"]
     shipped = saexp.run(saexp.compose(words), tmp_path / "shipped")
     wanted = shipped.metrics["reconstruction/explained_variance"]
     # With another factor than the true one it would be an SAE of another stream.

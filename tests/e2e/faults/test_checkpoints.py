@@ -1,17 +1,20 @@
 """A training that was interrupted ends with the weights of an undisturbed one."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.faults.injection import (
-    DAMAGES,
     command,
+    delete,
     digests_of_results,
     edit_json_number,
+    flip_byte,
     one_line,
     small_disk,
+    truncate,
     wrong_shape,
 )
 
@@ -46,30 +49,37 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return stopped_folder / "cache", stopped_folder / "whole"
 
 
-FILES = ("weights.safetensors", "trainer_state.pt", "state.json", "checksums.json")
-
-
-@pytest.mark.parametrize(("file", "n_damaged"), [*((f, 1) for f in FILES), (FILES[0], 2)])
+@pytest.mark.parametrize(
+    ("file", "damage", "n_damaged"),
+    [
+        ("weights.safetensors", flip_byte, 1),
+        ("weights.safetensors", delete, 2),
+        ("trainer_state.pt", truncate, 1),
+        ("state.json", edit_json_number, 1),
+        ("checksums.json", wrong_shape, 1),
+    ],
+)
 def test_a_damaged_checkpoint_never_makes_another_sae(
-    stopped: tuple[Path, Path], tmp_path: Path, file: str, n_damaged: int
+    stopped: tuple[Path, Path],
+    tmp_path: Path,
+    file: str,
+    damage: Callable[[Path], str],
+    n_damaged: int,
 ) -> None:
+    """tests/unit/saes/test_checkpoints.py does each damage to each file."""
     cache, whole = stopped
-    extra = (edit_json_number, wrong_shape) if file.endswith(".json") else ()
-    # Of these some; tests/unit/saes/test_checkpoints.py tries all.
-    for seed, damage in list(enumerate((*DAMAGES, *extra)))[::3]:
-        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-        shutil.copytree(cache, tmp_path / "cache")
-        steps = sorted((tmp_path / "cache" / "training").glob("*/step_*"), reverse=True)
-        for path in steps[:n_damaged]:
-            damage(path / file, seed)
-        words = [*WORDS, f"cache_dir={tmp_path}/cache", f"hydra.run.dir={tmp_path}/{seed}"]
-        result = command(words, tmp_path)
-        assert result.code == 0, result.err
-        then = "continuing from step 30" if n_damaged == 1 else "starting from the beginning"
-        reports = [line for line in result.err.splitlines() if " is damaged (" in line]
-        assert len(reports) == n_damaged, result.err
-        assert all(line.endswith(f"); {then}") for line in reports)
-        assert digests_of_results(tmp_path / str(seed)) == digests_of_results(whole)
+    shutil.copytree(cache, tmp_path / "cache")
+    steps = sorted((tmp_path / "cache" / "training").glob("*/step_*"), reverse=True)
+    for path in steps[:n_damaged]:
+        damage(path / file)
+    words = [*WORDS, f"cache_dir={tmp_path}/cache", f"hydra.run.dir={tmp_path}/run"]
+    result = command(words, tmp_path)
+    assert result.code == 0, result.err
+    then = "continuing from step 30" if n_damaged == 1 else "starting from the beginning"
+    reports = [line for line in result.err.splitlines() if " is damaged (" in line]
+    assert len(reports) == n_damaged, result.err
+    assert all(line.endswith(f"); {then}") for line in reports)
+    assert digests_of_results(tmp_path / "run") == digests_of_results(whole)
 
 
 def test_a_cache_without_room_for_checkpoints_costs_nothing_else(

@@ -27,7 +27,7 @@ SMALL = (
 SMALL += ("tracker=jsonl", "resume=false")
 TASKS = {
     "analyze": ("intervention=none", *SMALL),
-    "dashboard": ("task=dashboard", "task.latents=[12,160]", *SMALL),
+    "dashboard": ("task=dashboard", "task.latents=[12]", *SMALL),
     "label": ("task=label", *SMALL, "dataset.n_examples=8"),
     "train": (
         "task=train",
@@ -37,7 +37,7 @@ TASKS = {
         "sae_trainer.batch_size=256",
         *SMALL,
     ),
-    "sweep": ("-m", "task=collect", "layer=1,2", *SMALL),
+    "sweep": ("-m", "task=collect", "layer=2", *SMALL),
 }
 N_SIZES = 3
 ROOM = 64 * 1024

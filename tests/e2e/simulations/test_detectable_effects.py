@@ -41,7 +41,7 @@ def test_the_detectable_auroc_is_detected_in_about_80_percent(
     assert rejected(sizes, alpha, smaller, "normal") < 0.6
 
 
-@pytest.mark.parametrize("n", [10, 20, 30, 100, 400])
+@pytest.mark.parametrize("n", [10, 30, 400])
 @pytest.mark.parametrize("baseline", [0.0, 0.05, 0.3, 0.9, 1.0])
 def test_the_detectable_change_is_detected_in_80_percent(n: int, baseline: float) -> None:
     """Against scipy's binomial test of the pairs that changed, outcomes independent."""

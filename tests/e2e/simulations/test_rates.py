@@ -11,7 +11,7 @@ from saexp.analysis.capability import (
 )
 from saexp.stats import auroc_interval, paired_change_interval, paired_difference_interval, wilson
 
-SIZES = [10, 30, 200]
+SIZES = [10, 200]
 N_SIMULATED = 500
 """0.92 is 3 standard errors of the simulation below the nominal 0.95."""
 SPREADS = (0.3, 3.0, 100.0)
