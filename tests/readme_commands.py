@@ -97,7 +97,7 @@ ELSEWHERE = {
         "tests/e2e/test_shared.py::test_a_sweep_over_coefficients_encodes_each_text_set_once"
     ),
     "python -m saexp -m task=train layer=1,3 width=256 sae_trainer=topk,batchtopk,jumprelu": (
-        "tests/e2e/test_train.py::test_all_variants_come_from_one_collection"
+        "tests/e2e/test_train_stream.py::test_a_sweep_trains_all_its_saes_in_the_first_cells_pass"
     ),
     "python -m saexp -m layer=0,1,2,3,4 width=256,512 coefficient=0,0.3,0.6": (
         "tests/e2e/test_sweep.py::test_the_table_is_what_the_cells_folders_hold"
