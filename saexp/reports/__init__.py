@@ -15,7 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from saexp.files import RUN_FOLDER, write_text
+from saexp.files import RUN_FOLDER, write_bytes
 from saexp.reports.saved_run import SavedRun
 from saexp.results import provenance_rows
 
@@ -470,16 +470,12 @@ def write_page(path: Path, template: str, figures: Mapping[str, go.Figure], **co
 
     Raises StoreError if it cannot be written.
     """
-    page = (
-        environment()
-        .get_template(template)
-        .render(
-            figures={name: figure_json(figure) for name, figure in figures.items()},
-            plotly=get_plotlyjs(),
-            **content,
-        )
-    )
-    write_text(path, page, option=RUN_FOLDER)
+    json = {name: figure_json(figure) for name, figure in figures.items()}
+    page = environment().get_template(template).render(figures=json, **content)
+    # Afterwards, as each step of a template would copy its 5 MB. Other content is escaped.
+    script = b"<script>%s</script>" % get_plotlyjs().encode()
+    page = page.encode().replace(b"<script>plotly</script>", script, 1)
+    write_bytes(path, page, option=RUN_FOLDER)
     return path
 
 
