@@ -22,9 +22,10 @@ real-model: $(VENV)/.installed
 	$(BIN)/python -c "import gguf, accelerate" 2> /dev/null || $(PIP) --editable '.[gguf]'
 	$(BIN)/python experiments/real_model/make.py
 
-# Type checks run beside the unit tests, end-to-end tests alone.
-test: check
-	$(MAKE) --no-print-directory e2e
+# What `check` does and the end-to-end tests, which wait at times, so that type checks run beside them.
+test: $(VENV)/.installed-dev
+	$(MAKE) --no-print-directory -j 2 lint layers unit
+	$(MAKE) --no-print-directory -j 2 types e2e
 
 # Type checks run on one core beside the unit tests.
 check: $(VENV)/.installed-dev
