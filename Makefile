@@ -58,9 +58,9 @@ layers: $(VENV)/.installed-dev
 unit: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 
-# Four workers on two cores: some tests wait for servers, locks and signals.
+# Five workers on two cores: some tests wait for servers, locks and signals.
 e2e: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder tests/e2e
+	$(BIN)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder tests/e2e
 
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean --site-dir site

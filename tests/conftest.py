@@ -24,6 +24,8 @@ settings.register_profile("saexp", deadline=None, derandomize=True, database=Non
 settings.load_profile("saexp")
 cheap_composition.install()
 unsynced.install()
+# Until the tests are imported, which makes objects that stay.
+gc.disable()
 
 LONG = (
     "faults/test_signals",
@@ -87,8 +89,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Leave the imported modules out of garbage collections: a full one would take 0.2 s."""
     gc.freeze()
-    # Configs and tables make many small objects.
-    gc.set_threshold(20_000)
+    # As in a command: configs and tables make many small objects.
+    gc.set_threshold(50_000, 20, 50)
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
