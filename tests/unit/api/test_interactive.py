@@ -10,14 +10,19 @@ from torch import Tensor
 import saexp
 from saexp.api.model import InteractiveModel
 from saexp.errors import ConfigError, DataError, ModelError
-from tests.random_models import STORED, TEXTS, hooks_left, random_hf, tokenizer
+from tests.random_models import STORED, TEXTS, hooks_left, random_lm, tokenizer
 
 SHORT = [" ".join(text.split()[:6]) for text in TEXTS]
 
 
 @pytest.fixture(params=STORED)
 def model(request: pytest.FixtureRequest) -> InteractiveModel:
-    return saexp.load_model(random_hf(request.param), tokenizer=tokenizer())
+    return saexp.load_model(random_lm(request.param).hf, tokenizer=tokenizer())
+
+
+@pytest.fixture(scope="module")
+def tiny() -> InteractiveModel:
+    return saexp.load_model("tiny", device="cpu")
 
 
 def ids_of(model: InteractiveModel, text: str) -> Tensor:
@@ -54,32 +59,33 @@ def test_greedy_generation_equals_that_of_transformers(model: InteractiveModel) 
         assert generated == expected
 
 
-def test_a_string_gives_one_result_and_a_list_a_list() -> None:
-    model = saexp.load_model("tiny", device="cpu")
-    text = "The player scored twice."
+def test_a_string_gives_one_result_and_a_list_a_list(tiny: InteractiveModel) -> None:
+    model, text = tiny, "The player scored twice."
     assert torch.equal(model.logits(text), model.logits([text])[0])
     assert torch.equal(model.activations(text, 1), model.activations([text], 1)[0])
     assert model.generate(text) == model.generate([text])[0]
     assert model.logits([]) == model.activations([], 1) == model.generate([]) == []
 
 
-def test_samples_depend_on_the_seed_and_not_on_the_other_texts() -> None:
-    model = saexp.load_model("tiny", device="cpu")
+def test_samples_depend_on_the_seed_and_not_on_the_other_texts(tiny: InteractiveModel) -> None:
     one, two = "The player", "The city of"
-    alone = model.generate(one, temperature=1.0, seed=3)
-    assert model.generate([two, one], temperature=1.0, seed=3)[1] == alone
-    assert any(model.generate(one, temperature=1.0, seed=s) != alone for s in range(4, 8))
+
+    def sample(texts: str | list[str], seed: int) -> object:
+        return tiny.generate(texts, max_new_tokens=8, temperature=1.0, seed=seed)
+
+    alone = sample(one, 3)
+    assert sample([two, one], 3) == [sample(two, 3), alone]
+    assert any(sample(one, seed) != alone for seed in range(4, 8))
 
 
-def test_positions_choose_tokens() -> None:
-    model = saexp.load_model("tiny", device="cpu")
-    acts = model.activations("The player scored.", 1)
-    assert torch.equal(model.activations("The player scored.", 1, positions="last"), acts[-1:])
-    assert torch.equal(model.activations("The player scored.", 1, positions=[-2]), acts[-2:-1])
+def test_positions_choose_tokens(tiny: InteractiveModel) -> None:
+    acts = tiny.activations("The player scored.", 1)
+    assert torch.equal(tiny.activations("The player scored.", 1, positions="last"), acts[-1:])
+    assert torch.equal(tiny.activations("The player scored.", 1, positions=[-2]), acts[-2:-1])
 
 
 def test_chat_applies_the_template() -> None:
-    hf = random_hf("llama")
+    hf = random_lm("llama").hf
     model = saexp.load_model(hf, tokenizer=tokenizer(chat=True))
     ids = torch.tensor(
         [model.tokenizer("<bos>user: Hi\nmodel:", add_special_tokens=False).input_ids]
@@ -90,8 +96,8 @@ def test_chat_applies_the_template() -> None:
     assert len(model.logits("Hi")) < len(expected)
 
 
-def test_errors_are_one_line() -> None:
-    model = saexp.load_model("tiny", device="cpu")
+def test_errors_are_one_line(tiny: InteractiveModel) -> None:
+    model = tiny
     with pytest.raises(ModelError, match="layer=99"):
         model.activations("a", 99)
     with pytest.raises(ModelError, match="resid_psot"):
@@ -107,7 +113,7 @@ def test_errors_are_one_line() -> None:
 
 
 def test_a_text_that_is_too_long_is_an_error_that_names_arguments() -> None:
-    model = saexp.load_model(random_hf("gpt2"), tokenizer=tokenizer())
+    model = saexp.load_model(random_lm("gpt2").hf, tokenizer=tokenizer())
     text = " ".join(TEXTS * 9)
     for call in (model.logits, model.generate, lambda text: model.activations(text, 1)):
         with pytest.raises(
@@ -118,9 +124,9 @@ def test_a_text_that_is_too_long_is_an_error_that_names_arguments() -> None:
         model.generate(TEXTS[0], max_new_tokens=64)
 
 
-def test_objects_show_as_html() -> None:
-    model, sae = saexp.load_model("tiny", device="cpu"), saexp.load_sae("tiny", layer=2)
-    assert "<table>" in model._repr_html_() and "tiny" in repr(model)
+def test_objects_show_as_html(tiny: InteractiveModel) -> None:
+    sae = saexp.load_sae("tiny", layer=2)
+    assert "<table>" in tiny._repr_html_() and "tiny" in repr(tiny)
     assert "layer_2.resid_post" in sae._repr_html_()
     assert "Result in memory" in saexp.Result(notes=["a < b"])._repr_html_()
     assert "a &lt; b" in saexp.Result(notes=["a < b"])._repr_html_()

@@ -8,12 +8,12 @@ import saexp
 from saexp.api.model import InteractiveModel
 from saexp.errors import ConfigError, SAEError
 from tests.random_models import random_hf, tokenizer
-from tests.shipped_texts import GROUPS, texts_of
+from tests.shipped_texts import FEW_NEUTRAL, GROUPS, texts_of
 
 
 @pytest.fixture(scope="module")
 def groups() -> tuple[list[str], list[str]]:
-    known, unknown = map(texts_of, GROUPS)
+    known, unknown = (texts_of(group, 16) for group in GROUPS)
     return known, unknown
 
 
@@ -22,7 +22,7 @@ def model() -> InteractiveModel:
     return saexp.load_model("tiny", device="cpu")
 
 
-FEWER = ["analyzer.n_background=400", "analyzer.scores=false"]
+FEWER = ["analyzer.n_background=100", "analyzer.scores=false", FEW_NEUTRAL]
 
 
 def test_contrast_works_for_objects_in_memory(

@@ -10,24 +10,32 @@ from torch import Tensor
 import saexp
 from saexp.api.latents import median_norm
 from saexp.api.model import InteractiveModel
+from saexp.config import DatasetConfig
+from saexp.data.datasets import background_texts
 from saexp.errors import ConfigError, DataError, InterventionError, ModelError, SAEError
 from saexp.models import Hookpoint
+from saexp.pipeline.collect import collect_neutral
 from saexp.saes import SAESettings, SparseAutoencoder
-from tests.random_models import STORED, TEXTS, hooks_left, random_hf, tokenizer
+from tests.random_models import STORED, TEXTS, hooks_left, random_lm, tokenizer
 from tests.unit.interventions.test_engine import made_sae
 
 AT = Hookpoint(1, "resid_post")
-SHORT = [" ".join(text.split()[:6]) for text in TEXTS[:3]]
+SHORT = [" ".join(text.split()[:6]) for text in TEXTS[:2]]
+"""Of different lengths, so one of them is padded in a batch."""
 
 
 @pytest.fixture(params=STORED)
 def model(request: pytest.FixtureRequest) -> InteractiveModel:
-    return saexp.load_model(random_hf(request.param), tokenizer=tokenizer())
+    return loaded(request.param)
 
 
 @pytest.fixture
 def llama() -> InteractiveModel:
-    return saexp.load_model(random_hf("llama"), tokenizer=tokenizer())
+    return loaded("llama")
+
+
+def loaded(architecture: str) -> InteractiveModel:
+    return saexp.load_model(random_lm(architecture).hf, tokenizer=tokenizer())
 
 
 @pytest.fixture
@@ -118,11 +126,11 @@ def test_activations_are_edited_at_the_stream_and_after_it(
 
 def test_coefficient_zero_is_bit_equal(llama: InteractiveModel, sae: SparseAutoencoder) -> None:
     logits, acts = llama.logits(SHORT), llama.activations(SHORT, 2)
-    sample = llama.generate(SHORT, temperature=1.0)
-    with saexp.steer(llama, sae, 4, coefficient=0), saexp.edit(llama, {1: lambda x: x}):
+    sample = llama.generate(SHORT, max_new_tokens=8, temperature=1.0)
+    with saexp.steer(llama, sae, 4, coefficient=0, unit="raw"), saexp.edit(llama, {1: lambda x: x}):
         assert all(map(torch.equal, llama.logits(SHORT), logits))
         assert all(map(torch.equal, llama.activations(SHORT, 2), acts))
-        assert llama.generate(SHORT, temperature=1.0) == sample
+        assert llama.generate(SHORT, max_new_tokens=8, temperature=1.0) == sample
 
 
 def test_an_inner_edit_reads_what_the_outer_one_leaves(
@@ -170,7 +178,7 @@ def test_any_exit_removes_the_edits(llama: InteractiveModel, sae: SparseAutoenco
     before = llama.logits(SHORT[0])
     with (
         pytest.raises(RuntimeError, match="stop"),
-        saexp.steer(llama, sae, 4, 1.0),
+        saexp.steer(llama, sae, 4, 1.0, "raw"),
         saexp.ablate(llama, sae, 5),
         saexp.edit(llama, {(1, "mlp_out"): lambda x: 2 * x}),
     ):
@@ -205,11 +213,10 @@ def test_units_scale_the_direction(llama: InteractiveModel, sae: SparseAutoencod
 
 def test_the_median_norm_of_the_shipped_model_is_that_of_a_run(tmp_path: object) -> None:
     tiny = saexp.load_model("tiny", device="cpu")
-    norm = median_norm(tiny, Hookpoint(2, "resid_post"))
-    cfg = saexp.compose(["layer=2", "device=cpu", f"cache_dir={tmp_path}/cache", "tracker=none"])
-    from saexp.pipeline.collect import collect_neutral
-
-    at = Hookpoint(2, "resid_post")
+    # The first block's stream, for which no other block is computed.
+    at = Hookpoint(0, "resid_post")
+    norm = median_norm(tiny, at)
+    cfg = saexp.compose(["layer=0", "device=cpu", f"cache_dir={tmp_path}/cache", "tracker=none"])
     neutral = collect_neutral(cfg, tiny, [at], cfg.analyzer.n_background)
     assert norm == pytest.approx(neutral.ordinary([at]).median_norm(at), rel=2e-2)
 
@@ -258,13 +265,17 @@ def test_a_transcoder_is_read_at_its_input_and_written_at_its_output(
     close(ablated[1:], (y - sae.encode(x)[:, [4]] @ sae.W_dec[[4]])[1:])
 
 
-def test_units_of_activation_are_measured_on_neutral_text() -> None:
-    tiny, sae = saexp.load_model("tiny", device="cpu"), saexp.load_sae("tiny", 2, device="cpu")
-    text = "The player scored twice."
-    latent = int(saexp.top_latents(tiny, sae, text, k=1, positions="last")["latent"].iloc[0])
-    before = tiny.activations(text, 2)[-1]
-    with saexp.steer(tiny, sae, latent, 1.0, "max_act"):
-        largest = (tiny.activations(text, 2)[-1] - before).norm()
-    with saexp.steer(tiny, sae, latent, 1.0, "p99_act"):
-        high = (tiny.activations(text, 2)[-1] - before).norm()
-    assert 0 < high <= largest
+def test_units_of_activation_are_measured_on_neutral_text(
+    llama: InteractiveModel, sae: SparseAutoencoder
+) -> None:
+    before = llama.activations(SHORT[0], 1)[-1]
+    with saexp.steer(llama, sae, 4, 1.0, "max_act"):
+        largest = (llama.activations(SHORT[0], 1)[-1] - before).norm()
+    with saexp.steer(llama, sae, 4, 1.0, "p99_act"):
+        high = (llama.activations(SHORT[0], 1)[-1] - before).norm()
+    # Every fourth text here, random tokens of all texts there.
+    texts = background_texts(DatasetConfig(name="text"))[::4]
+    acts = torch.cat([a[1:] for a in llama.activations([t[:120] for t in texts], 1)])
+    values = sae.encode(acts)[:, 4]
+    assert largest == pytest.approx(float(values.max()), rel=0.1)
+    assert high == pytest.approx(float(values[values > 0].quantile(0.99)), rel=0.1)
