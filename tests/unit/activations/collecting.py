@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,21 @@ def placed(
     groups: tuple[str, str] = ("known", "unknown"),
     **options: Any,
 ) -> PositionTable:
-    """One example per text, in turn of two groups."""
+    """One example per text, in turn of two groups; shared, so leave it as it is."""
+    return _placed(tuple(texts), name, max_length, groups, tuple(options.items()))
+
+
+@cache
+def _placed(
+    texts: tuple[str, ...],
+    name: str,
+    max_length: int,
+    groups: tuple[str, str],
+    options: tuple[tuple[str, Any], ...],
+) -> PositionTable:
     examples = [Example(id=str(n), text=t, group=groups[n % 2]) for n, t in enumerate(texts)]
     tokens = tokenize(texts, tokenizer(), max_length)
-    positions = registry.build("positions", PositionsConfig(name=name, **options))
+    positions = registry.build("positions", PositionsConfig(name=name, **dict(options)))
     return resolve_positions(examples, tokens, positions, tokenizer(), 0)
 
 

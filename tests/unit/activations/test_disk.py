@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import saexp
 from saexp.activations import ActivationStore, collection
 from saexp.errors import StoreError
 from saexp.files import show_bytes
@@ -19,7 +18,6 @@ from tests.random_models import random_hf, random_lm, save
 from tests.unit.activations.collecting import (
     POSTS,
     digests,
-    digests_in,
     n_shard_files,
     n_sound,
     placed,
@@ -35,9 +33,21 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def expected(model, tmp_path_factory):
-    """Digests of a collection that nothing happened to."""
-    return digests(run(model, tmp_path_factory.mktemp("whole"), shard_rows=SHARD_ROWS)[0].path)
+def collected(model, tmp_path_factory):
+    """(store, statistics) of a collection that nothing happened to."""
+    return run(model, tmp_path_factory.mktemp("whole"), shard_rows=SHARD_ROWS)
+
+
+@pytest.fixture(scope="module")
+def expected(collected):
+    return digests(collected[0].path)
+
+
+@pytest.fixture()
+def folder(collected, tmp_path):
+    """The folder of a copy of that store, in `tmp_path`."""
+    source = collected[0].path
+    return Path(shutil.copytree(source, tmp_path / "activations" / source.name))
 
 
 def message_of(make) -> str:
@@ -57,21 +67,20 @@ def flip(file):
 
 @pytest.mark.parametrize("large", [False, True])
 def test_a_flipped_byte_is_noticed_named_and_computed_again(
-    model, tmp_path, monkeypatch, caplog, large
+    model, collected, expected, folder, tmp_path, monkeypatch, caplog, large
 ):
-    store, stats = run(model, tmp_path, shard_rows=SHARD_ROWS)
-    acts, before = store.acts(1).clone(), digests_in(tmp_path)
-    damaged = store.path / "layer_1.resid_post" / "00002.safetensors"
+    store, stats = collected
+    damaged = folder / "layer_1.resid_post" / "00002.safetensors"
     flip(damaged)
     if large:
         monkeypatch.setattr("saexp.activations._HASH_ON_OPEN_BYTES", 10)
         assert run(model, tmp_path)[1].tokens_forwarded == 0, "only verify looks at large files"
     with caplog.at_level(logging.WARNING):
         again, new = run(model, tmp_path, verify=large)
-        assert torch.equal(again.acts(1), acts)
+        assert torch.equal(again.acts(1), store.acts(1))
     assert f"{damaged} is damaged (checksum) and counts as not collected" in caplog.messages
     assert 0 < new.tokens_forwarded < stats.tokens_forwarded
-    assert digests_in(tmp_path) == before
+    assert digests(folder) == expected
 
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink])
@@ -120,7 +129,7 @@ def test_a_disk_that_is_too_small_is_reported_before_any_forward_pass(disk, tmp_
 
 
 # From a disk too small for the rows table to one that takes most shards.
-@pytest.mark.parametrize("kilobytes", [4, 12, 20, 28, 52, 68, 100, 148, 180])
+@pytest.mark.parametrize("kilobytes", [4, 20, 28, 68, 148])
 def test_a_disk_that_fills_midway_keeps_what_was_finished(
     model, expected, disk, monkeypatch, kilobytes
 ):
@@ -152,26 +161,25 @@ def test_a_cache_folder_that_cannot_be_created_is_one_clear_line(model, tmp_path
         assert message.endswith(f": {reason}; choose another cache_dir=")
 
 
-@pytest.mark.parametrize("state", ["whole", "a shard less", "damaged", "no rows table", "none"])
+@pytest.mark.parametrize("state", ["whole", "damaged", "no rows table", "none"])
 def test_what_a_read_only_cache_lacks_is_collected_in_memory_of_the_process(
-    model, expected, tmp_path, caplog, state
+    model, collected, expected, folder, tmp_path, caplog, state
 ):
-    store, stats = run(model, tmp_path, shard_rows=SHARD_ROWS)
-    store.close()
-    shard = store.path / "layer_1.resid_post" / "00002.safetensors"
+    store, stats = collected
     if state == "none":
-        shutil.rmtree(store.path)
+        shutil.rmtree(folder)
     elif state == "no rows table":
-        (store.path / "rows.parquet").unlink()
-    elif state != "whole":
-        flip(shard) if state == "damaged" else shard.unlink()
+        (folder / "rows.parquet").unlink()
+    elif state == "damaged":
+        flip(folder / "layer_1.resid_post" / "00002.safetensors")
     before = digests(tmp_path)
     with caplog.at_level(logging.WARNING), read_only(tmp_path):
         again, new = run(model, tmp_path, shard_rows=SHARD_ROWS)
         complete = state in ("whole", "no rows table")
-        assert (again.path == store.path) == complete
+        assert (again.path == folder) == complete
         assert new.tokens_forwarded == (0 if complete else stats.tokens_forwarded)
-        values = [again.acts(h.layer).clone() for h in POSTS]
+        for at in POSTS:
+            assert torch.equal(again.acts(at.layer), store.acts(at.layer))
         assert [m for m in caplog.messages if "is not writable" in m] == [
             f"cache_dir={tmp_path} is not writable: what this run computes is not stored "
             "(Read-only file system)"
@@ -184,8 +192,6 @@ def test_what_a_read_only_cache_lacks_is_collected_in_memory_of_the_process(
             assert message.endswith("Read-only file system; choose another cache_dir=")
         assert digests(tmp_path) == before
     assert digests(run(model, tmp_path, shard_rows=SHARD_ROWS)[0].path) == expected
-    for at, acts in zip(POSTS, values, strict=True):
-        assert torch.equal(saexp.open_store(store.path).acts(at.layer), acts)
 
 
 def test_a_hookpoint_folder_that_cannot_be_created_is_one_clear_line(model, tmp_path):
@@ -195,9 +201,10 @@ def test_a_hookpoint_folder_that_cannot_be_created_is_one_clear_line(model, tmp_
     assert message.startswith(f"cannot write {store.path}/layer_1.resid_post/00000.safetensors: ")
 
 
-def test_a_shard_that_may_not_be_read_is_collected_again(model, expected, tmp_path, caplog):
-    store, _ = run(model, tmp_path, shard_rows=SHARD_ROWS)
-    shard = store.path / "layer_1.resid_post" / "00002.safetensors"
+def test_a_shard_that_may_not_be_read_is_collected_again(
+    model, expected, folder, tmp_path, caplog
+):
+    shard = folder / "layer_1.resid_post" / "00002.safetensors"
     shard.chmod(0)
     with caplog.at_level(logging.WARNING), obeying_permissions():
         again, stats = run(model, tmp_path, shard_rows=SHARD_ROWS)
@@ -208,8 +215,10 @@ def test_a_shard_that_may_not_be_read_is_collected_again(model, expected, tmp_pa
 
 
 @pytest.mark.parametrize("subfolder", [".", "..", "layer_1.resid_post"])
-def test_a_folder_of_the_cache_that_may_not_be_read_is_one_line(model, tmp_path, subfolder):
-    folder = run(model, tmp_path, shard_rows=SHARD_ROWS)[0].path / subfolder
+def test_a_folder_of_the_cache_that_may_not_be_read_is_one_line(
+    model, folder, tmp_path, subfolder
+):
+    folder = folder / subfolder
     folder.chmod(0)
     try:
         with obeying_permissions():

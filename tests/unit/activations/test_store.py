@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +33,18 @@ def model():
     return random_lm("llama")
 
 
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """A store in seven shards, which no test changes."""
+    return run(model, tmp_path_factory.mktemp("whole"), shard_rows=SHARD_ROWS)[0]
+
+
 @pytest.fixture()
-def sharded(model, tmp_path):
-    return run(model, tmp_path, shard_rows=SHARD_ROWS)[0]
+def sharded(whole, tmp_path):
+    """A copy of it, in `tmp_path`."""
+    folder = tmp_path / "activations" / whole.path.name
+    shutil.copytree(whole.path, folder)
+    return ActivationStore.open(folder)
 
 
 def message_of(make) -> str:
@@ -44,16 +54,16 @@ def message_of(make) -> str:
     return str(error.value)
 
 
-def test_several_shards_hold_what_one_holds_in_dataset_order(model, sharded, tmp_path):
-    one, _ = run(model, tmp_path / "one")
-    assert (len(one.shard_bounds), len(sharded.shard_bounds)) == (1, SHARDS)
-    assert one.rows.equals(sharded.rows)
+def test_several_shards_hold_what_one_holds_in_dataset_order(model, whole, tmp_path):
+    one, _ = run(model, tmp_path)
+    assert (len(one.shard_bounds), len(whole.shard_bounds)) == (1, SHARDS)
+    assert one.rows.equals(whole.rows)
     for layer in range(3):
-        torch.testing.assert_close(sharded.acts(layer), one.acts(layer), atol=1e-5, rtol=0)
-        folder = sharded.path / f"layer_{layer}.resid_post"
+        torch.testing.assert_close(whole.acts(layer), one.acts(layer), atol=1e-5, rtol=0)
+        folder = whole.path / f"layer_{layer}.resid_post"
         shards = [load_file(f)["acts"] for f in sorted(folder.glob("*.safetensors"))]
         assert len(shards) == SHARDS
-        assert torch.equal(torch.cat(shards), sharded.acts(layer))
+        assert torch.equal(torch.cat(shards), whole.acts(layer))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -72,16 +82,16 @@ def test_acts_are_memory_mapped_and_writing_to_them_changes_no_file(
     assert torch.equal(ActivationStore.open(store.path).acts(1), original)
 
 
-def test_reading_a_store_writes_no_file_into_it(sharded):
-    before = digests(sharded.path)
-    acts = sharded.acts(1)
-    assert digests(sharded.path) == before
-    assert torch.equal(sharded.values(1)[:], acts)
-    assert digests(sharded.path) == before
+def test_reading_a_store_writes_no_file_into_it(whole):
+    before = digests(whole.path)
+    acts = whole.acts(1)
+    assert digests(whole.path) == before
+    assert torch.equal(whole.values(1)[:], acts)
+    assert digests(whole.path) == before
 
 
-def test_values_are_read_by_rows_masks_and_slices_from_the_shards_that_hold_them(sharded):
-    acts, values = sharded.acts(1), sharded.values(1)
+def test_values_are_read_by_rows_masks_and_slices_from_the_shards_that_hold_them(whole):
+    acts, values = whole.acts(1), whole.values(1)
     assert (len(values), values.shape, values.dtype) == (len(acts), tuple(acts.shape), acts.dtype)
     rows = np.random.default_rng(0).integers(0, len(acts), 50)
     assert torch.equal(values[rows], acts[rows])
@@ -142,65 +152,66 @@ def test_random_rows_of_a_large_shard_are_unmapped_while_the_next_are_read(tmp_p
     assert peak_of(read) < 2**24, "of the 32 MB of the shard, whose rows are all over it"
 
 
-def test_shuffled_batches_of_several_shards_are_those_of_one_tensor(sharded):
-    rows = np.arange(1, sharded.n_rows, 2)
-    readers = [ShuffledReader(of, rows, 7, seed=0) for of in (sharded.acts(1), sharded.values(1))]
+def test_shuffled_batches_of_several_shards_are_those_of_one_tensor(whole):
+    rows = np.arange(1, whole.n_rows, 2)
+    readers = [ShuffledReader(of, rows, 7, seed=0) for of in (whole.acts(1), whole.values(1))]
     for one, several in itertools.islice(zip(*readers, strict=True), 12):
         assert torch.equal(one, several)
 
 
 @pytest.mark.parametrize("rows", [[-1], [0, 10**6], [True]])
-def test_rows_that_a_store_does_not_have_are_an_index_error(sharded, rows):
+def test_rows_that_a_store_does_not_have_are_an_index_error(whole, rows):
     with pytest.raises(IndexError):
-        sharded.values(1)[np.asarray(rows)]
+        whole.values(1)[np.asarray(rows)]
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 5, SHARD_ROWS, 1000])
-def test_chunks_and_norms_are_those_of_all_rows(sharded, chunk_rows):
-    chunks = list(sharded.chunks(POSTS[1], chunk_rows))
-    assert torch.equal(torch.cat([acts for _, acts in chunks]), sharded.acts(1))
+def test_chunks_and_norms_are_those_of_all_rows(whole, chunk_rows):
+    chunks = list(whole.chunks(POSTS[1], chunk_rows))
+    assert torch.equal(torch.cat([acts for _, acts in chunks]), whole.acts(1))
     assert all(len(acts) <= chunk_rows for _, acts in chunks)
     assert [first for first, _ in chunks] == [
         sum(len(a) for _, a in chunks[:i]) for i in range(len(chunks))
     ]
-    expected = np.sqrt((sharded.acts(1).numpy().astype(np.float64) ** 2).sum(1))
-    np.testing.assert_allclose(sharded.norms(POSTS[1]), expected)
-    assert sharded.norms(POSTS[1]) is sharded.norms(POSTS[1]), "computed once"
+    expected = np.sqrt((whole.acts(1).numpy().astype(np.float64) ** 2).sum(1))
+    opened = ActivationStore.open(whole.path)
+    np.testing.assert_allclose(opened.norms(POSTS[1]), expected)
+    assert opened.norms(POSTS[1]) is opened.norms(POSTS[1]), "computed once"
 
 
-def test_rows_have_the_columns_of_the_contract(sharded):
-    rows, placement = saexp.open_store(sharded.path).rows, placed()
+def test_rows_have_the_columns_of_the_contract(whole):
+    rows, placement = saexp.open_store(whole.path).rows, placed()
     assert rows.equals(placement.rows)
     assert {
         *("row", "example_id", "group", "split", "entity_type"),
         *("text", "token_index", "token_id", "token"),
     } <= set(rows.columns)
-    assert len(rows) == sharded.n_rows
+    assert len(rows) == whole.n_rows
     for row in rows.itertuples():
         ids = tokenizer()(row.text).input_ids
         assert ids[row.token_index] == row.token_id
         assert tokenizer().convert_ids_to_tokens(row.token_id) == row.token
 
 
-def test_the_manifest_says_it_in_words_with_a_checksum_per_shard(sharded, model):
-    manifest = json.loads((sharded.path / "manifest.json").read_text())
-    assert manifest["key"] == sharded.path.name == store_key(manifest["ingredients"])
+def test_the_manifest_says_it_in_words_with_a_checksum_per_shard(whole, model):
+    manifest = json.loads((whole.path / "manifest.json").read_text())
+    assert manifest["key"] == whole.path.name == store_key(manifest["ingredients"])
     ingredients = manifest["ingredients"]
     assert ingredients["model"] == "random-llama"
     assert ingredients["weights"] == model.fingerprint
     assert (ingredients["dtype"], ingredients["max_length"]) == ("float32", MAX_LENGTH)
-    assert manifest["n_rows"] == sharded.n_rows
+    assert manifest["n_rows"] == whole.n_rows
     assert set(manifest["hookpoints"]) == {p.name for p in POSTS}
     for name, shards in manifest["hookpoints"].items():
         assert len(shards) == SHARDS
-        assert sum(s["n_rows"] for s in shards.values()) == sharded.n_rows
+        assert sum(s["n_rows"] for s in shards.values()) == whole.n_rows
         for index, shard in shards.items():
-            content = (sharded.path / name / f"{index}.safetensors").read_bytes()
+            content = (whole.path / name / f"{index}.safetensors").read_bytes()
             assert hashlib.sha256(content).hexdigest() == shard["sha256"]
             assert len(content) == shard["bytes"]
 
 
-def test_the_key_does_not_depend_on_how_it_is_collected(model, sharded, tmp_path):
+def test_the_key_does_not_depend_on_how_it_is_collected(model, whole, tmp_path):
     settings = [
         {"hookpoints": POSTS[:1]},
         {"hookpoints": [Hookpoint(1, "mlp_out")]},
@@ -210,7 +221,7 @@ def test_the_key_does_not_depend_on_how_it_is_collected(model, sharded, tmp_path
     ]
     for number, options in enumerate(settings):
         other, _ = run(model, tmp_path / str(number), **options)
-        assert other.path.name == sharded.path.name
+        assert other.path.name == whole.path.name
 
 
 def test_labels_are_no_part_of_the_key_and_the_last_ones_are_in_rows(sharded, model, tmp_path):
@@ -222,9 +233,10 @@ def test_labels_are_no_part_of_the_key_and_the_last_ones_are_in_rows(sharded, mo
     assert again.rows["group"].unique().tolist() == ["a", "b"]
 
 
-def test_the_key_depends_on_all_that_determines_the_values(sharded, tmp_path):
+def test_the_key_depends_on_all_that_determines_the_values(whole, tmp_path):
     def key(hf=None, placement=None, revision=None, **options):
-        model = LanguageModel.wrap(hf or random_hf("llama"), tokenizer(), name="random-llama")
+        hf = hf or random_lm("llama").hf
+        model = LanguageModel.wrap(hf, tokenizer(), name="random-llama")
         model.cfg.revision = revision
         return run(model, tmp_path, POSTS[:1], placement, **options)[0].path.name
 
@@ -233,7 +245,7 @@ def test_the_key_depends_on_all_that_determines_the_values(sharded, tmp_path):
     assert placed(other_texts).rows["token_index"].equals(placed().rows["token_index"])
     changed = random_hf("llama")
     changed.model.layers[2].mlp.up_proj.weight[0, 0] += 1
-    assert key() == sharded.path.name
+    assert key() == whole.path.name
     keys = [
         key(hf=changed),
         key(hf=random_hf("llama").bfloat16(), dtype="float32"),
@@ -245,7 +257,7 @@ def test_the_key_depends_on_all_that_determines_the_values(sharded, tmp_path):
         key(max_length=MAX_LENGTH + 1),
         key(revision="v2"),
     ]
-    assert len({*keys, sharded.path.name}) == len(keys) + 1
+    assert len({*keys, whole.path.name}) == len(keys) + 1
 
 
 def test_the_rows_table_is_left_alone_by_a_run_with_the_same_labels(sharded, model, tmp_path):
@@ -307,13 +319,13 @@ def test_opening_a_folder_that_is_not_a_store_is_an_error(tmp_path, sharded):
     )
 
 
-def test_asking_for_what_was_not_collected(sharded):
-    assert message_of(lambda: sharded.acts(1, "mlp_out")) == (
-        f"{sharded.path} does not have all of layer_1.mlp_out; "
+def test_asking_for_what_was_not_collected(whole):
+    assert message_of(lambda: whole.acts(1, "mlp_out")) == (
+        f"{whole.path} does not have all of layer_1.mlp_out; "
         "it has layer_0.resid_post, layer_1.resid_post, layer_2.resid_post"
     )
     with pytest.raises(ModelError, match="^no stream 'resid'; did you mean resid"):
-        sharded.acts(1, "resid")
+        whole.acts(1, "resid")
 
 
 def test_a_cache_folder_that_cannot_be_written(model, tmp_path):
