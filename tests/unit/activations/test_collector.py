@@ -37,7 +37,7 @@ def test_activations_equal_hidden_states_whatever_the_batches(architecture, tmp_
     inner = model.hf.base_model
     names = ("ln_f", "final_layer_norm", "norm")
     norm = next(getattr(inner, n) for n in names if hasattr(inner, n))
-    for batch_tokens in (1, 40, 75, 10**6):
+    for batch_tokens in (1, 75, 10**6):
         store, stats = run(
             model, tmp_path / str(batch_tokens), [EMBED, *POSTS], batch_tokens=batch_tokens
         )
@@ -58,7 +58,7 @@ def test_the_share_of_padding_is_that_of_the_batches(tmp_path):
     assert together.padding_fraction == pytest.approx((filled - sum(lengths)) / filled)
 
 
-@pytest.mark.parametrize("architecture", STORED)
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2"])
 def test_chosen_positions_are_those_rows_of_all_positions(architecture, tmp_path):
     model = random_lm(architecture)
     everything, _ = run(model, tmp_path / "all")

@@ -1,5 +1,6 @@
 """Activations of models whose rotary frequencies depend on the length equal single-row passes."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ TEXTS = [
 WHOLE = {"atol": 1e-5, "rtol": 1e-5}
 
 
+@cache
 def hidden_states(name: str, ids: tuple[int, ...]) -> Any:
     """Of the text alone, by a model that has not seen any other."""
     with torch.inference_mode():

@@ -32,13 +32,18 @@ def source(model: LanguageModel, corpus: Corpus) -> ContextActivations:  # noqa:
     return ContextActivations(model, corpus, contexts, HOOKPOINTS, SETTINGS)
 
 
-def test_batches_equal_those_of_the_mixing_buffer_of_sae_lens(model, corpus, monkeypatch):  # noqa: F811
-    from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
-
+@pytest.fixture(scope="module")
+def batches(model, corpus):  # noqa: F811
     stream = ActivationStream(source(model, corpus), SETTINGS)
-    batches = list(islice(stream, N))
+    first = list(islice(stream, N))
     assert stream.source.at.epoch >= 1
     assert stream.source.at.n_refills > 3
+    return first
+
+
+def test_batches_equal_those_of_the_mixing_buffer_of_sae_lens(model, corpus, batches, monkeypatch):  # noqa: F811
+    from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
+
     permute, refills = torch.randperm, iter(range(10**6))
 
     def seeded(n: int) -> torch.Tensor:
@@ -56,19 +61,25 @@ def test_batches_equal_those_of_the_mixing_buffer_of_sae_lens(model, corpus, mon
     theirs.close()
 
 
-@pytest.mark.parametrize("n_before", [0, 1, 9, 37])
-def test_a_resumed_stream_gives_the_batches_of_the_uninterrupted_one(model, corpus, n_before):  # noqa: F811
-    whole = list(islice(ActivationStream(source(model, corpus), SETTINGS), N))
+def test_a_stream_that_was_not_read_has_mean_norms_and_no_buffer(model, corpus):  # noqa: F811
+    stream = ActivationStream(source(model, corpus), SETTINGS)
+    assert stream.mean_norms
+    assert not stream.state()[0]
+
+
+@pytest.mark.parametrize("n_before", [1, 9, 37])
+def test_a_resumed_stream_gives_the_batches_of_the_uninterrupted_one(
+    model,
+    corpus,  # noqa: F811
+    batches,
+    n_before,
+):
     first = ActivationStream(source(model, corpus), SETTINGS)
     list(islice(first, n_before))
-    if not n_before:
-        assert first.mean_norms
-        assert not first.state()[0]
-        return
     state = copy.deepcopy(first.state())
     second = ActivationStream(source(model, corpus), SETTINGS)
     second.resume(*state)
-    for ours, other in zip(islice(second, N - n_before), whole[n_before:], strict=True):
+    for ours, other in zip(islice(second, N - n_before), batches[n_before:], strict=True):
         for hookpoint in HOOKPOINTS:
             assert torch.equal(ours[hookpoint], other[hookpoint])
 

@@ -97,6 +97,12 @@ def case(request: pytest.FixtureRequest) -> tuple[LanguageModel, set[str]]:
     return model_of(request.param), FAMILIES[request.param][2]
 
 
+@pytest.fixture(scope="module")
+def every(case: tuple[LanguageModel, set[str]]) -> list[dict[str, Tensor]]:
+    """The streams of each block, read once."""
+    return [read(case[0], layer) for layer in range(N_LAYERS)]
+
+
 def read(model: LanguageModel, layer: int) -> dict[str, Tensor]:
     """Streams of a block that the model has, each from a pass of its own."""
     values: dict[str, Tensor] = {}
@@ -111,15 +117,14 @@ def read(model: LanguageModel, layer: int) -> dict[str, Tensor]:
     return values
 
 
-def test_a_stream_is_there_or_refused(case: tuple[LanguageModel, set[str]]) -> None:
-    model, refused = case
-    for layer in range(N_LAYERS):
-        assert set(STREAMS) - read(model, layer).keys() == refused, f"layer {layer}"
+def test_a_stream_is_there_or_refused(
+    case: tuple[LanguageModel, set[str]], every: list[dict[str, Tensor]]
+) -> None:
+    for layer, got in enumerate(every):
+        assert set(STREAMS) - got.keys() == case[1], f"layer {layer}"
 
 
-def test_what_is_there_adds_up(case: tuple[LanguageModel, set[str]]) -> None:
-    model, _ = case
-    every = [read(model, layer) for layer in range(N_LAYERS)]
+def test_what_is_there_adds_up(every: list[dict[str, Tensor]]) -> None:
     for layer, got in enumerate(every):
         if layer:
             assert torch.equal(got["resid_pre"], every[layer - 1]["resid_post"])
@@ -137,11 +142,10 @@ def test_what_is_there_adds_up(case: tuple[LanguageModel, set[str]]) -> None:
 
 
 def test_every_stream_of_one_pass_is_that_of_a_pass_of_its_own(
-    case: tuple[LanguageModel, set[str]],
+    case: tuple[LanguageModel, set[str]], every: list[dict[str, Tensor]]
 ) -> None:
     """Falcon adds to its MLP's output in place."""
-    model, _ = case
-    alone = read(model, 1)
+    model, alone = case[0], every[1]
     points = [Hookpoint(1, s) for s in alone]
     with torch.no_grad(), capture(model, points) as record:
         model.hf(IDS)
@@ -150,7 +154,7 @@ def test_every_stream_of_one_pass_is_that_of_a_pass_of_its_own(
 
 
 def test_a_change_of_resid_mid_reaches_the_mlp_and_the_sum(
-    case: tuple[LanguageModel, set[str]],
+    case: tuple[LanguageModel, set[str]], every: list[dict[str, Tensor]]
 ) -> None:
     """As adding the change to the block's input would, were it not for attention."""
     model, refused = case
@@ -165,7 +169,7 @@ def test_a_change_of_resid_mid_reaches_the_mlp_and_the_sum(
     ):
         model.hf(IDS)
     torch.testing.assert_close(record[mid] + record[out], record[post], **CLOSE)
-    assert not torch.allclose(record[mid], read(model, 1)["resid_mid"], atol=1e-2)
+    assert not torch.allclose(record[mid], every[1]["resid_mid"], atol=1e-2)
 
 
 @pytest.mark.parametrize(
