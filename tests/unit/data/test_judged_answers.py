@@ -1,7 +1,7 @@
 """The judge against verdicts derived by hand; the first 116 before the judge was first run."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from saexp.labeling.matchers import Rules
 OTHER = dict.fromkeys(("birth_year", "release_year", "year"), "1066")
 OTHER |= dict.fromkeys(("duration", "population", "elevation"), "99999999")
 FILE = Path(__file__).parent / "judged_answers.jsonl"
+REFUSAL = Refusal()
 SAMPLE = [json.loads(line) for line in FILE.read_text("utf-8").splitlines()]
 
 
@@ -37,11 +38,7 @@ def asked(row: dict) -> Question:
 
 @pytest.mark.parametrize("row", SAMPLE, ids=[row["case"] for row in SAMPLE])
 def test_the_judge_gives_the_verdict_derived_by_hand(row):
-    refusal, entity_example = Refusal(), Example(id="", text="", entity=row["entity"])
-    verdict = label_answer(
-        row["answer"], asked(row), Rules(), lambda text: bool(refusal.score(text, entity_example))
-    )
-    assert verdict == row["verdict"], row
+    assert verdict_of(row["answer"], asked(row)) == row["verdict"], row
 
 
 def test_the_sample_is_large_and_holds_every_verdict():
@@ -53,21 +50,18 @@ def test_the_sample_is_large_and_holds_every_verdict():
 
 @pytest.fixture(scope="module")
 def shipped_questions() -> list[Question]:
-    """Every third question about the shipped entities, and all of rare attributes."""
-    examples = entities(DatasetConfig(name="entities")).examples
-    asked_about = [question for question in questions(examples)[0] if question.truths]
-    counts = Counter((q.entity_type, q.attribute) for q in asked_about)
-    return [
-        question
-        for n, question in enumerate(asked_about)
-        if n % 5 == 0 or counts[question.entity_type, question.attribute] < 20
-    ]
+    """Ten questions of each attribute about the shipped entities."""
+    of_attribute: dict[tuple[str, str], list[Question]] = defaultdict(list)
+    for question in questions(entities(DatasetConfig(name="entities")).examples)[0]:
+        if question.truths:
+            of_attribute[question.entity_type, question.attribute].append(question)
+    return [question for each in of_attribute.values() for question in each[:: len(each) // 9][:10]]
 
 
 def verdict_of(answer: str, question: Question) -> str:
-    refusal, entity_example = Refusal(), Example(id="", text="", entity=question.entity)
+    entity_example = Example(id="", text="", entity=question.entity)
     return label_answer(
-        answer, question, Rules(), lambda text: bool(refusal.score(text, entity_example))
+        answer, question, Rules(), lambda text: bool(REFUSAL.score(text, entity_example))
     )
 
 
