@@ -150,7 +150,7 @@ def test_the_shipped_entities_can_all_be_asked():
     }
     assert forms["known"] == forms["unknown"]
     rules = Rules()
-    for one in asked:
+    for one in asked[::5]:
         for truth in one.truths:
             answer = f"The answer is {truth}."
             assert label_answer(answer, one, rules, refuses) == "correct", one

@@ -170,7 +170,7 @@ def test_only_the_user_changes_the_bos_of_a_chat_prompt(of: str) -> None:
 
 
 @CHAT
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(message=MESSAGE)
 def test_the_message_is_located_whatever_it_says(of: str, message: str) -> None:
     model = with_tokenizer(chat_tokenizers()[of], chat=True)

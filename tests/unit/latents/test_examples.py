@@ -1,7 +1,5 @@
 """Chosen latents over a store, in chunks, against a dense loop over all activations."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -33,13 +31,15 @@ N_ROWS = 211
 CHOSEN = np.array([3, 0, 39, 17])
 
 
-@pytest.fixture(params=[("jumprelu", 50), ("topk", 1000)], ids=["shards of 50", "one shard"])
+@pytest.fixture(
+    params=[("jumprelu", 50), ("topk", 1000)], ids=["shards of 50", "one shard"], scope="module"
+)
 def case(request: pytest.FixtureRequest) -> tuple[str, int]:
     """(architecture of the SAE, rows of a shard)."""
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def auto(case: tuple[str, int]) -> SparseAutoencoder:
     """Latent 17 never fires."""
     autoencoder = sae(case[0])
@@ -47,12 +47,13 @@ def auto(case: tuple[str, int]) -> SparseAutoencoder:
     return autoencoder
 
 
-@pytest.fixture
-def store(tmp_path: Path, case: tuple[str, int]) -> ActivationStore:
-    return store_of(tmp_path, points(N_ROWS, D_IN), Hookpoint(3, "resid_post"), case[1])
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, case: tuple[str, int]) -> ActivationStore:
+    folder = tmp_path_factory.mktemp("store")
+    return store_of(folder, points(N_ROWS, D_IN), Hookpoint(3, "resid_post"), case[1])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def dense(auto: SparseAutoencoder) -> np.ndarray:
     return auto.encode(points(N_ROWS, D_IN)).double().numpy()
 
@@ -66,7 +67,7 @@ def tallied(store: ActivationStore, auto: SparseAutoencoder, **options: object) 
     return tally_store(store, auto, TEXT_OF.__getitem__, GROUP_OF.__getitem__, tally)
 
 
-@pytest.mark.parametrize(("chunk_rows", "correlate"), [(5, True), (13, False), (10_000, True)])
+@pytest.mark.parametrize(("chunk_rows", "correlate"), [(17, True), (10_000, False)])
 def test_numbers_and_histograms_equal_dense_ones(
     store: ActivationStore,
     auto: SparseAutoencoder,
@@ -97,7 +98,7 @@ def test_numbers_and_histograms_equal_dense_ones(
             assert histogram.counts[g].tolist() == np.histogram(group_values, edges)[0].tolist()
 
 
-@pytest.mark.parametrize("chunk_rows", [7, 10_000])
+@pytest.mark.parametrize("chunk_rows", [23, 10_000])
 def test_the_strongest_examples_are_those_of_a_dense_sort_one_a_text(
     store: ActivationStore,
     auto: SparseAutoencoder,
@@ -127,7 +128,7 @@ def test_a_small_sample_does_not_depend_on_chunks_and_a_large_one_is_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn = []
-    for chunk_rows in (5, 13, 10_000):
+    for chunk_rows in (17, 40, 10_000):
         monkeypatch.setattr(encoding, "CHUNK_BYTES", 4 * auto.d_sae * chunk_rows)
         tally = tallied(store, auto, n_sample=9, seed=4)
         drawn.append([tally.sample(i)["row"].tolist() for i in range(len(CHOSEN))])
@@ -139,22 +140,22 @@ def test_a_small_sample_does_not_depend_on_chunks_and_a_large_one_is_all(
 
 
 def test_a_sample_is_even() -> None:
-    """Every one of 40 firings is drawn about as often as any other: 5 of 40 in 150 seeds."""
+    """Every one of 40 firings is drawn about as often as any other: 20 of 40 in 50 seeds."""
     counts = np.zeros(40)
     values = sparse.csc_array(np.linspace(1, 2, 40)[:, None])
     where = np.arange(40)
-    for seed in range(150):
-        tally = Tally(np.array([0]), d_sae=1, n_sample=5, correlate=False, seed=seed)
+    for seed in range(50):
+        tally = Tally(np.array([0]), d_sae=1, n_sample=20, correlate=False, seed=seed)
         for part in (slice(0, 7), slice(7, 40)):
             chunk = sparse.csc_array(values[part])
             tally.update(chunk, where[part], np.zeros(len(where[part]), dtype=np.int64))
         counts[tally.sample(0)["row"]] += 1
-    # 19 expected, standard deviation 4.
-    assert counts.min() > 4
-    assert counts.max() < 37
+    # 25 expected, standard deviation 3.5.
+    assert counts.min() > 11
+    assert counts.max() < 39
 
 
-@pytest.mark.parametrize("chunk_rows", [5, 10_000])
+@pytest.mark.parametrize("chunk_rows", [17, 10_000])
 def test_correlations_are_numpys(
     store: ActivationStore,
     auto: SparseAutoencoder,
@@ -171,7 +172,7 @@ def test_correlations_are_numpys(
     assert np.isnan(tally.correlations_of(3)).all()
 
 
-@pytest.mark.parametrize(("chunk_rows", "correlate"), [(5, True), (13, False), (10_000, True)])
+@pytest.mark.parametrize(("chunk_rows", "correlate"), [(17, True), (10_000, False)])
 def test_rows_of_high_norm_are_as_if_they_were_not_there(
     store: ActivationStore,
     auto: SparseAutoencoder,
