@@ -69,9 +69,18 @@ def formulas(x: Tensor, reconstruction: Tensor, acts: Tensor) -> dict[str, float
     }
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 10, 10_000])
+OPTIONS = ({}, {"normalize_activations": "layer_norm"}, {"centre": True})
+CHUNK_ROWS = (1, 10, 10_000)
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"normalize_activations": "layer_norm"}, {"centre": True}], ids=str
+    ("store", "chunk_rows", "options"),
+    [
+        (shard_rows, CHUNK_ROWS[chunk], OPTIONS[(shard + chunk) % 3])
+        for shard, shard_rows in enumerate((1000, 40, 7))
+        for chunk in range(3)
+    ],
+    indirect=["store"],
 )
 def test_equals_dense(
     store: ActivationStore,
