@@ -201,9 +201,7 @@ def test_a_hookpoint_folder_that_cannot_be_created_is_one_clear_line(model, tmp_
     assert message.startswith(f"cannot write {store.path}/layer_1.resid_post/00000.safetensors: ")
 
 
-def test_a_shard_that_may_not_be_read_is_collected_again(
-    model, expected, folder, tmp_path, caplog
-):
+def test_a_shard_that_may_not_be_read_is_collected_again(model, expected, folder, tmp_path, caplog):
     shard = folder / "layer_1.resid_post" / "00002.safetensors"
     shard.chmod(0)
     with caplog.at_level(logging.WARNING), obeying_permissions():
@@ -215,9 +213,7 @@ def test_a_shard_that_may_not_be_read_is_collected_again(
 
 
 @pytest.mark.parametrize("subfolder", [".", "..", "layer_1.resid_post"])
-def test_a_folder_of_the_cache_that_may_not_be_read_is_one_line(
-    model, folder, tmp_path, subfolder
-):
+def test_a_folder_of_the_cache_that_may_not_be_read_is_one_line(model, folder, tmp_path, subfolder):
     folder = folder / subfolder
     folder.chmod(0)
     try:

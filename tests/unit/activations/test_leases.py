@@ -13,10 +13,10 @@ from saexp.errors import StoreError
 from saexp.files import FOLDER, Lease, users
 from saexp.tasks import collect as stores
 from tests.random_models import random_lm
-from tests.unit.activations.collecting import POSTS, digests, run
+from tests.unit.activations.collecting import POSTS, digests, placed, run
 from tests.unit.activations.test_disk import disk as disk  # a fixture
 
-SHARD_ROWS = 9
+SHARD_ROWS = 45
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +116,7 @@ def test_a_whole_store_on_a_read_only_file_system_is_used(model, read_only):
 
 
 def test_other_labels_of_the_same_rows_need_not_be_written(model, read_only):
-    from tests.unit.activations.collecting import placed
-
     disk_path, stored = read_only
-    placement = placed()
-    placement.rows["group"] = "other"
-    store, _ = run(model, disk_path, placement=placement)
-    assert set(store.rows["group"]) == {"other"}
+    store, _ = run(model, disk_path, placement=placed(groups=("other", "another")))
+    assert set(store.rows["group"]) == {"other", "another"}
     assert set(saexp.open_store(stored.path).rows["group"]) == {"known", "unknown"}

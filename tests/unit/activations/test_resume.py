@@ -6,14 +6,18 @@ import torch
 from saexp import activations as store_module
 from saexp.activations import ActivationStore
 from saexp.activations import shard_files as shards
-from tests.unit.activations.collecting import (
-    POSTS,
-    REPEATING,
-    digests,
-    load,
-    placed,
-    run_in_shards,
-)
+from tests.random_models import random_lm
+from tests.unit.activations.collecting import POSTS, REPEATING, digests, placed, run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Digests of a collection that nothing happened to."""
+    return digests(collect(tmp_path_factory.mktemp("whole")).path)
+
+
+def collect(cache, hookpoints=POSTS) -> ActivationStore:
+    return run(random_lm("llama"), cache, hookpoints, placed(REPEATING), shard_rows=20)[0]
 
 
 def the_store(cache) -> ActivationStore:
@@ -22,10 +26,7 @@ def the_store(cache) -> ActivationStore:
 
 
 @pytest.mark.parametrize("moment", ["before the shard is in place", "before it is listed"])
-def test_an_interruption_at_the_worst_moment_loses_one_shard(
-    folder, undisturbed, tmp_path, monkeypatch, moment
-):
-    whole, _ = undisturbed
+def test_an_interruption_at_the_worst_moment_loses_one_shard(whole, tmp_path, monkeypatch, moment):
     early = moment == "before the shard is in place"
     module, name = (shards, "put_in_place") if early else (store_module, "write_manifest")
     real, calls = getattr(module, name), []
@@ -39,21 +40,18 @@ def test_an_interruption_at_the_worst_moment_loses_one_shard(
     with monkeypatch.context() as patch:
         patch.setattr(module, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run_in_shards(load(folder), tmp_path)
+            collect(tmp_path)
     interrupted_shard = 7 // len(POSTS) if early else 8 - 2
     (missing,) = {tuple(s) for s in (sorted(the_store(tmp_path).missing([h])) for h in POSTS)}
     # Those before it are there, and so may be one that was under way behind it.
     assert missing[0] == interrupted_shard
-    store, _ = run_in_shards(load(folder), tmp_path)
+    store = collect(tmp_path)
     assert digests(store.path) == whole
 
 
-def test_hookpoints_collected_one_after_another_equal_those_collected_at_once(
-    folder, undisturbed, tmp_path
-):
-    whole, _ = undisturbed
+def test_hookpoints_collected_one_after_another_equal_those_collected_at_once(whole, tmp_path):
     for point in reversed(POSTS):
-        store, _ = run_in_shards(load(folder), tmp_path, [point])
+        store = collect(tmp_path, [point])
     shards = {n: d for n, d in digests(store.path).items() if n != "manifest.json"}
     assert shards == {n: d for n, d in whole.items() if n != "manifest.json"}
     assert torch.equal(store.acts(2), ActivationStore.open(store.path).acts(2))
