@@ -3,6 +3,7 @@
 import copy
 import functools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +26,25 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 _structured = functools.cache(OmegaConf.structured)
 
 
-def with_defaults(cls: type) -> DictConfig:
-    """The settings of a component with their defaults, as OmegaConf reads them off its class.
+@functools.cache
+def _simple_defaults(cls: type) -> dict[str, Any]:
+    """The defaults of a component's settings that are one value, not a list or mapping."""
+    content = OmegaConf.to_container(_structured(cls), resolve=False)
+    assert isinstance(content, dict)
+    return {str(k): value for k, value in content.items() if not isinstance(value, dict | list)}
 
-    A copy takes a quarter of the time of another reading.
+
+def with_settings(cls: type, settings: Mapping[str, Any]) -> DictConfig:
+    """The settings of a component, as OmegaConf reads them off its class; the others have defaults.
+
+    A copy takes a quarter of the time of another reading. Setting a value takes longer than seeing
+    that it is the default, as most are.
     """
-    return copy.deepcopy(_structured(cls))
+    config, defaults = copy.deepcopy(_structured(cls)), _simple_defaults(cls)
+    for key, value in settings.items():
+        if key not in defaults or (type(value), value) != (type(defaults[key]), defaults[key]):
+            config[key] = value
+    return config
 
 
 @dataclass(kw_only=True)

@@ -235,7 +235,8 @@ def register_schema(*, only_names: bool = False) -> None:
         schemas = [f"{group}_{name}" for group, names in _COMPONENTS.items() for name in names]
         for name in ("base_run", *schemas):
             store.store(name=name, node={})
-    elif "base_run.yaml" not in store.list("") or not store.load("base_run.yaml").node:
+    elif not getattr(store.repo.get("base_run.yaml"), "node", None):
+        # Not `store.load`, which copies it.
         _register_builtin(store)
     for group, name in registry.config_classes():
         if group in _BASES:
@@ -412,9 +413,7 @@ def to_run_config(cfg: DictConfig, *, quiet: bool = False, words: Sequence[str] 
     typed = OmegaConf.structured(RunConfig, flags={"no_deepcopy_set_nodes": True})
     for group, cls in classes.items():
         _check_keys(group, names[group], cls, content[group])
-        typed[group] = components.with_defaults(cls)
-        for key, value in content.pop(group).items():
-            typed[group][key] = value
+        typed[group] = components.with_settings(cls, content.pop(group))
     for key, value in content.items():
         typed[key] = value
     sized = [match[1] for word in words if (match := _SIZED_KEY.match(word))]
