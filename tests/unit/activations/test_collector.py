@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saexp.config import ModelConfig, StoreConfig
@@ -149,6 +149,7 @@ def test_skips_are_counted_beside(tmp_path):
     assert stats.n_skipped == 7
 
 
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 200))
 def test_batches_hold_every_text_once_within_the_budget(lengths, batch_tokens):
     row_batches = list(batches(lengths, TokenBudget(batch_tokens, torch.device("cpu"))))

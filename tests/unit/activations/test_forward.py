@@ -47,7 +47,7 @@ def wanted_rows(draw):
     return sequences, rows
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(wanted_rows(), st.data())
 def test_units_are_the_fewest_sequences_and_hold_every_row_of_the_shard_once(
     sequences_and_rows, data
@@ -98,7 +98,7 @@ def test_parts_are_disjoint_and_cover_all(n_files, n_parts):
 
 
 # Several shards a part, and one.
-@pytest.mark.parametrize(("shard_rows", "order"), [(9, [2, 1, 0]), (10**6, [1, 3, 0, 2, 4])])
+@pytest.mark.parametrize(("shard_rows", "order"), [(20, [2, 1, 0]), (10**6, [1, 3, 0, 2, 4])])
 def test_parts_in_any_order_make_the_store_of_one_process(shard_rows, order, tmp_path):
     model, n_parts, forwarded = random_lm("llama"), len(order), []
     smaller = min(shard_rows, -(-N_ROWS // n_parts))

@@ -108,4 +108,7 @@ def test_a_median_of_zero_limits_nothing() -> None:
 def test_a_ratio_that_ordinary_positions_exceed_is_refused(value: str) -> None:
     with pytest.raises(ConfigError, match="positions.max_norm_ratio=.*type a number above 1"):
         saexp.compose([f"positions.max_norm_ratio={value}"])
+
+
+def test_without_a_ratio_every_norm_is_ordinary() -> None:
     assert saexp.compose(["positions.max_norm_ratio=null"]).positions.max_norm_ratio is None

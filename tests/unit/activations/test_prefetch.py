@@ -113,10 +113,10 @@ def test_no_finished_shard_is_lost_while_the_next_is_begun(tmp_path, monkeypatch
 
     def slowly(store, change):
         # The manifest is read again for the next shard meanwhile.
-        own(store, lambda manifest: (change(manifest), time.sleep(0.02)))
+        own(store, lambda manifest: (change(manifest), time.sleep(0.01)))
 
     monkeypatch.setattr(ActivationStore, "_change", slowly)
-    store, _ = run(random_lm("llama"), tmp_path, POSTS[:1], shard_rows=4)
-    assert len(store.shard_bounds) > 20
+    store, _ = run(random_lm("llama"), tmp_path, POSTS[:1], shard_rows=8)
+    assert len(store.shard_bounds) > 10
     assert store.missing(POSTS[:1]) == {}
     assert ActivationStore.open(store.path).missing(POSTS[:1]) == {}

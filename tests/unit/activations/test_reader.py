@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saexp.activations.reader import ShuffledReader
@@ -15,6 +15,7 @@ def read_rows(reader: ShuffledReader, n: int) -> torch.Tensor:
     return torch.cat([next(reader) for _ in range(n)])[:, 0]
 
 
+@settings(max_examples=50)
 @given(st.integers(1, 17), st.integers(0, 30), st.integers(0, 3))
 def test_a_reader_started_late_goes_on_as_the_first_one_would(batch_size, step, seed):
     rows = np.arange(3, 40, 2)

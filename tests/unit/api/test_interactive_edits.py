@@ -229,7 +229,7 @@ def test_errors_name_what_to_type(llama: InteractiveModel, sae: SparseAutoencode
     refused(InterventionError, "latents 0-47", [48])
     refused(InterventionError, "is empty", [])
     refused(ConfigError, "unit", [1], unit="norms")
-    refused(ConfigError, "where", [1], where="everywhere")
+    refused(ConfigError, "where", [1], unit="raw", where="everywhere")
     with pytest.raises(SAEError, match="d_model=32"):
         saexp.ablate(llama, saexp.load_sae("tiny", layer=2), [1])
     with pytest.raises(ModelError, match="layer=9"):

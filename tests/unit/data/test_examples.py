@@ -4,7 +4,7 @@ import unicodedata
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saexp.data import Example, ExampleSet, assign_splits, infer_groups, subsample
@@ -39,6 +39,7 @@ ROWS = st.lists(
 )
 
 
+@settings(max_examples=50)
 @given(ROWS, st.integers(0, 5))
 def test_all_examples_of_an_entity_share_a_split(rows, seed):
     examples = [

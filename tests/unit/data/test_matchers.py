@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz.fuzz import token_set_ratio
 
@@ -357,6 +357,7 @@ def test_words_without_accents_and_points():
     assert words("Beyoncé's R.E.M. & Łódź") == ["beyonces", "rem", "and", "lodz"]
 
 
+@settings(max_examples=50)
 @given(st.text(max_size=60), st.text(max_size=20))
 def test_any_text_can_be_judged(answer, truth):
     pairs = [(t, a) for t, rules in Rules().by_type.items() for a in rules]

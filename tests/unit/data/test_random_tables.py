@@ -94,7 +94,7 @@ def check(name, path, expected):
         assert sorted(listed) == sorted(filter(None, columns.split(", ")))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(ROWS, min_size=1, max_size=6), st.booleans(), st.booleans())
 def test_a_csv_is_read_as_pandas_reads_it(rows, by_pandas, python_lists):
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +109,7 @@ def test_a_csv_is_read_as_pandas_reads_it(rows, by_pandas, python_lists):
         check("csv", file, expected)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(ROWS, min_size=1, max_size=6), st.booleans(), st.sampled_from(["\n", "\r\n", "\r"]))
 def test_a_jsonl_has_the_missing_values_of_a_csv(rows, ascii_only, newline):
     with tempfile.TemporaryDirectory() as folder:

@@ -187,7 +187,7 @@ def test_a_tokenizer_that_cuts_at_the_left_loses_the_spans_at_the_left():
 
 
 @BOTH_OFFSETS
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(text=ANY_TEXT, data=st.data())
 def test_the_tokens_of_a_span_cover_it_and_are_ordinary(trim, text, data):
     tokens = one(text, 256, tokenizer(trim_offsets=trim))
@@ -205,7 +205,7 @@ def test_the_tokens_of_a_span_cover_it_and_are_ordinary(trim, text, data):
     assert bool(indices) == bool(inside.strip())
 
 
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(text=ANY_TEXT.filter(lambda t: "<" not in t))
 def test_without_offsets_the_same_ones_are_found_by_decoding(text):
     fast, slow = one(text, 256, tokenizer(trim_offsets=False)), one(text, 256, SLOW)

@@ -13,7 +13,7 @@ VALUES = st.sampled_from([0.0, 0.0, 0.0, 1e-7, 0.5, 1.0, 2.25, 1000.0])
 DENSE = arrays.arrays(np.float32, st.tuples(st.integers(1, 12), st.integers(1, 6)), elements=VALUES)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50)
 @given(DENSE, st.data())
 def test_moments(dense: np.ndarray, data: st.DataObject) -> None:
     chosen = np.array(data.draw(st.lists(st.booleans(), min_size=len(dense), max_size=len(dense))))
@@ -39,7 +39,7 @@ def test_the_threshold_is_exclusive() -> None:
     assert moments(csr, np.ones(2, dtype=bool), threshold=0.5).active.tolist() == [1]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50)
 @given(DENSE, st.data())
 def test_by_unit(dense: np.ndarray, data: st.DataObject) -> None:
     """Units stay in the order in which they first appear, whatever their names."""
@@ -66,7 +66,7 @@ def test_active_quantile(q: float) -> None:
         assert value == pytest.approx(np.quantile(on, q) if len(on) else 0.0)
 
 
-@settings(deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=12), st.integers(0, 3))
 def test_equal_rows_of_every_unit(units: list[str], seed: int) -> None:
     """Each unit has as many rows as the one that has fewest, all of them its own."""

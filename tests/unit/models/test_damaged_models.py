@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,17 @@ from tests.random_models import D_MODEL, random_hf, random_lm, save, tokenizer
 LOADED = "type a hub id that is reachable or cached, or a local folder"
 
 
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    saved = tmp_path_factory.mktemp("sound") / "model"
+    save(random_hf("llama"), saved)
+    return saved
+
+
 @pytest.fixture()
-def folder(tmp_path: Path) -> Path:
-    save(random_hf("llama"), tmp_path / "model")
-    return tmp_path / "model"
+def folder(sound: Path, tmp_path: Path) -> Path:
+    """A copy of a model, to be damaged."""
+    return Path(shutil.copytree(sound, tmp_path / "model"))
 
 
 def load(folder: Path, **options: Any) -> LanguageModel:

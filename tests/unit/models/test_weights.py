@@ -1,6 +1,7 @@
 """Orthogonalised weights write nothing along the directions, and come back byte by byte."""
 
 from contextlib import ExitStack
+from functools import cache
 
 import pytest
 import torch
@@ -43,6 +44,12 @@ def random_lm(architecture, **options):
     return LanguageModel.wrap(random_hf(architecture, **options))
 
 
+@cache
+def restored_lm(architecture):
+    """Shared by tests that leave the model as it was."""
+    return random_lm(architecture)
+
+
 def basis(directions):
     """Orthonormal rows by another way than the code's."""
     return torch.linalg.qr(directions.double().T)[0].T.float()
@@ -64,7 +71,7 @@ def run(model, points, ids=IDS):
 @EVERY
 @pytest.mark.parametrize("directions", [ONE, PAIR], ids=["one", "two"])
 def test_with_the_embedding_no_stream_has_the_directions(architecture, directions):
-    model = random_lm(architecture)
+    model = restored_lm(architecture)
     before, plain = model.fingerprint, model.hf(IDS).logits
     points = [Hookpoint(0, "embed"), *(Hookpoint(n, "resid_post") for n in LAYERS)]
     with orthogonalized(model, directions, embedding=True):
@@ -77,7 +84,7 @@ def test_with_the_embedding_no_stream_has_the_directions(architecture, direction
 
 @EVERY
 def test_without_the_embedding_what_is_added_has_none_of_them(architecture):
-    model = random_lm(architecture)
+    model = restored_lm(architecture)
     points = [Hookpoint(n, s) for n in LAYERS for s in (*PARTS, "resid_post")]
     embed = model.hf.get_input_embeddings().weight
     with orthogonalized(model, PAIR):
@@ -89,7 +96,7 @@ def test_without_the_embedding_what_is_added_has_none_of_them(architecture):
 
 @EVERY
 def test_it_equals_projecting_the_outputs_by_hand(architecture):
-    model, q = random_lm(architecture), basis(PAIR)
+    model, q = restored_lm(architecture), basis(PAIR)
 
     def without(values):
         return values - (values @ q.T) @ q
@@ -109,7 +116,7 @@ def test_it_equals_projecting_the_outputs_by_hand(architecture):
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "gemma2", "qwen2"])
 def test_only_the_chosen_layers_change(architecture):
-    model = random_lm(architecture)
+    model = restored_lm(architecture)
     points = [Hookpoint(n, s) for n in LAYERS for s in PARTS]
     with orthogonalized(model, ONE, layers=[1]):
         record, _ = run(model, points)
@@ -117,7 +124,7 @@ def test_only_the_chosen_layers_change(architecture):
 
 
 def test_lengths_and_repetitions_of_directions_do_not_matter():
-    model = random_lm("llama")
+    model = restored_lm("llama")
     logits = []
     for directions in (PAIR, torch.stack([1e-6 * PAIR[0], 1e6 * PAIR[1], PAIR[0] - PAIR[1]])):
         with orthogonalized(model, directions):
@@ -141,7 +148,7 @@ def test_the_unembedding_never_changes(architecture, tied):
 
 
 def test_learned_positions_are_projected_with_the_embedding_only():
-    model = random_lm("gpt2")
+    model = restored_lm("gpt2")
     positions = model.hf.transformer.wpe
     with orthogonalized(model, ONE):
         assert component(positions.weight, ONE) > 1e-2
@@ -151,7 +158,7 @@ def test_learned_positions_are_projected_with_the_embedding_only():
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "gpt_neox"])
 def test_everything_is_put_back_after_an_exception(architecture):
-    model = random_lm(architecture)
+    model = restored_lm(architecture)
     before = model.fingerprint
     parameters = dict(model.hf.named_parameters())
     flags = {n: p.requires_grad for n, p in parameters.items()}
