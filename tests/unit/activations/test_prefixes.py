@@ -26,9 +26,9 @@ from tests.unit.activations.collecting import POSTS, digests, placed, run
 from tests.unit.activations.test_forward import n_hooks, with_memory_for
 
 BEGINNING = TEXTS[0]
-ENDS = "twice in the second half of the game while nobody sang it well and the city lies on it"
+ENDS = "twice in the second half of the game while nobody sang"
 SHARED = [f"{BEGINNING} The {end} came {n}" for n, end in enumerate(ENDS.split())]
-MIXED = [*TEXTS[1:3], *SHARED[:9], TEXTS[3], *SHARED[9:], TEXTS[4]]
+MIXED = [*TEXTS[1:3], *SHARED[:5], TEXTS[3], *SHARED[5:], TEXTS[4]]
 CLOSE = {"atol": 1e-5, "rtol": 0}
 BATCH_TOKENS = 128
 

@@ -6,6 +6,7 @@ beside it the same weights in float32, within what bfloat16 (8 bits) leaves.
 
 import copy
 import json
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -39,8 +40,9 @@ DIRECTION = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(5))
 SEVERAL = pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2"])
 
 
+@cache
 def pair(architecture: str) -> tuple[LanguageModel, LanguageModel]:
-    """(bfloat16, float32) models with equal weights."""
+    """(bfloat16, float32) models with equal weights, which no test changes."""
     half = random_hf(architecture).bfloat16()
     full = copy.deepcopy(half).float()
     return LanguageModel.wrap(half, tokenizer()), LanguageModel.wrap(full, tokenizer())
