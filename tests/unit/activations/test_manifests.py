@@ -189,15 +189,19 @@ def test_shards_that_prove_nothing_are_collected_again(
     assert digests(store.path) == before
 
 
+@pytest.mark.parametrize("manifest", ["missing", "of the other store"])
 def test_a_shard_of_another_store_is_not_taken_over(
-    folder: Path, model: LanguageModel, tmp_path: Path
+    folder: Path, model: LanguageModel, tmp_path: Path, manifest: str
 ) -> None:
     stranger = LanguageModel.wrap(random_hf("llama", seed=1), tokenizer(), name="random-llama")
     other, _ = run(stranger, tmp_path / "other", shard_rows=SHARD_ROWS)
     expected = ActivationStore.open(folder).acts(0).clone()
     name = f"{POSTS[0].name}/00000.safetensors"
     shutil.copy(other.path / name, folder / name)
-    (folder / "manifest.json").unlink()
+    if manifest == "missing":
+        (folder / "manifest.json").unlink()
+    else:
+        shutil.copy(other.path / "manifest.json", folder / "manifest.json")
     store, _ = run(model, tmp_path, shard_rows=SHARD_ROWS)
     assert torch.equal(store.acts(0), expected)
 

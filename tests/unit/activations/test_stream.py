@@ -95,6 +95,7 @@ def test_an_epoch_serves_every_ordinary_position_of_its_contexts_once(model, cor
         hidden = model.hf(ids, output_hidden_states=True).hidden_states[1]
     expected = hidden[~torch.isin(ids, torch.tensor(tokenizer().all_special_ids))]
     assert len(served) == len(expected)
+    assert not torch.allclose(served, expected, rtol=1e-3, atol=1e-4)
     # Sorted by the first numbers, since the order of contexts is shuffled.
     order = [torch.argsort(rows[:, 0] * 1e3 + rows[:, 1]) for rows in (served, expected)]
     torch.testing.assert_close(served[order[0]], expected[order[1]], rtol=1e-3, atol=1e-4)
