@@ -1,5 +1,6 @@
 """Activations of models whose rotary frequencies depend on the length equal single-row passes."""
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from saexp.activations.collector import ingredients
 from tests.random_models import random_lm
-from tests.rope_models import CONTEXT, ONE_OF_EACH_KIND, ROPE_MODELS, rope_lm
+from tests.rope_models import CONTEXT, ONE_OF_EACH_KIND, ROPE_MODELS, rope_hf, rope_lm
 from tests.unit.activations.collecting import placed, run
 
 BEGINNING = "The player Fenlet Baszad scored twice in the second half"
@@ -27,11 +28,16 @@ TEXTS = [
 WHOLE = {"atol": 1e-5, "rtol": 1e-5}
 
 
+new_model = cache(rope_hf)
+"""Copies of it are run, so that it stays new."""
+
+
 @cache
 def hidden_states(name: str, ids: tuple[int, ...]) -> Any:
     """Of the text alone, by a model that has not seen any other."""
+    hf = copy.deepcopy(new_model(name))
     with torch.inference_mode():
-        return rope_lm(name).hf(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        return hf(torch.tensor([ids]), output_hidden_states=True).hidden_states
 
 
 @pytest.mark.parametrize(
