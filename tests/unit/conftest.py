@@ -1,6 +1,14 @@
 """Types and array shapes are checked in unit tests."""
 
-from tests import shape_checks
+import pytest
 
 CHECKED = ("models", "data", "activations", "saes", "latents", "analysis", "interventions")
-shape_checks.install([f"saexp.{package}" for package in CHECKED])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before a test imports a module; not in the process that hands the tests to workers."""
+    if config.getoption("numprocesses", None):
+        return
+    from tests import shape_checks
+
+    shape_checks.install([f"saexp.{package}" for package in CHECKED])
