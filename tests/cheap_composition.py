@@ -68,18 +68,21 @@ def _files(folder: str) -> Iterator[tuple[str, tuple[int, int]]]:
                 yield entry.path, _stamp(entry)
 
 
-class _PrimaryConfig:
-    """The file that a composition starts with, read once as long as it does not change."""
+class _Files:
+    """Config files, read once as long as they do not change."""
 
     def __init__(self) -> None:
         self._read: dict[tuple[Any, ...], _Template] = {}
         self._load = ConfigRepository.load_config
 
     def load(self, repo: ConfigRepository, config_path: str) -> Any:
-        sources = [source for source in repo.get_sources() if source.scheme() == "file"]
-        if config_path != "config" or len(sources) != 1:
+        source = next((s for s in repo.get_sources() if s.is_config(config_path)), None)
+        if source is None or source.scheme() not in ("file", "pkg"):
             return self._load(repo, config_path)
-        key = (sources[0].provider, sources[0].path, _stamp(Path(sources[0].path, "config.yaml")))
+        file = Path(source.path, config_path.removesuffix(".yaml") + ".yaml")
+        # Those of packages don't change.
+        stamp = _stamp(file) if source.scheme() == "file" else None
+        key = (source.provider, file, stamp)
         if key not in self._read:
             self._read[key] = _Template(self._load(repo, config_path))
         return self._read[key].copy()
@@ -187,8 +190,8 @@ def install() -> None:
     Hydra.get_mode = lambda *_, **__: None
     # All registered dataclasses would be copied for each config.
     ConfigStore.__deepcopy__ = lambda self, _: self  # type: ignore[attr-defined]
-    primary = _PrimaryConfig()
-    ConfigRepository.load_config = lambda self, config_path: primary.load(self, config_path)
+    files = _Files()
+    ConfigRepository.load_config = lambda self, config_path: files.load(self, config_path)
     store = _Store()
     ConfigStore.store = lambda *words, **settings: store.store(*words, **settings)
     composed = _Composed(store)

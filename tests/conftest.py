@@ -13,19 +13,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
-from hypothesis import settings
-
-from tests import cheap_composition, unsynced
-
-# Workers of pytest-xdist, and other jobs, share the cores; so deadlines mean nothing here.
-torch.set_num_threads(1)
-settings.register_profile("saexp", deadline=None, derandomize=True, database=None)
-settings.load_profile("saexp")
-cheap_composition.install()
-unsynced.install()
-# Until the tests are imported, which makes objects that stay.
-gc.disable()
 
 LONG = (
     "faults/test_signals",
@@ -78,6 +65,25 @@ LONG = (
     "test_notes",
 )
 """Files that take longest, started first so that no worker waits for the last of them."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Nothing in the process that hands the tests to workers: imports would keep them waiting."""
+    if config.getoption("numprocesses", None):
+        return
+    import torch
+    from hypothesis import settings
+
+    from tests import cheap_composition, unsynced
+
+    # Workers, and other jobs, share the cores; so deadlines mean nothing here.
+    torch.set_num_threads(1)
+    settings.register_profile("saexp", deadline=None, derandomize=True, database=None)
+    settings.load_profile("saexp")
+    cheap_composition.install()
+    unsynced.install()
+    # Until the tests are imported, which makes objects that stay.
+    gc.disable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -235,8 +235,8 @@ def register_schema(*, only_names: bool = False) -> None:
         schemas = [f"{group}_{name}" for group, names in _COMPONENTS.items() for name in names]
         for name in ("base_run", *schemas):
             store.store(name=name, node={})
-    elif not getattr(store.repo.get("base_run.yaml"), "node", None):
-        # Not `store.load`, which copies it.
+    # `load` would copy it.
+    elif (base := store.repo.get("base_run.yaml")) is None or not base.node:
         _register_builtin(store)
     for group, name in registry.config_classes():
         if group in _BASES:

@@ -19,6 +19,7 @@ from tests.unit.reports.written import NASTY
 pytestmark = [needs_chromium, pytest.mark.slow]
 
 X = np.array([1.5, 2.5, 4.0])
+TITLE = "coefficient (× the stream's median norm)"
 ROWS = [["b", 10, None], ["a", 9, 0.5], ["c", None, 1e-9]]
 
 
@@ -30,10 +31,19 @@ for (const column of [1, 1, 0, 2]) {
     ...[...heads].map(h => h.getAttribute("aria-sort"))]);
 }
 return states;"""
+WIDTHS = """const place = document.getElementById("fig-lines"), title = [];
+draw(place);
+for (const width of ["900px", "300px", ""]) {
+  place.style.width = width;
+  fit();
+  title.push(place.layout.xaxis.title.text);
+}
+return title;"""
 VALUES = {
     "points": "return Object.values(figures).map(points);",
     "csv": 'return csv([{ a: "x,y", b: null }, { b: "say \\"no\\"", c: 1.5 }]);',
     "order": CLICKS,
+    "titles": WIDTHS,
     "sends": "return config.showSendToCloud;",
 }
 """Functions that the page's scripts can give the value of."""
@@ -48,7 +58,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     heat = go.Heatmap(x=[0, 1], y=["low", "high"], z=np.array([[0.1, 0.2], [0.3, np.nan]]))
     links = {"source": [0, 0], "target": [1, 2], "value": [0.9, 0.8]}
     figures = {
-        "lines": go.Figure([line, points]),
+        "lines": go.Figure([line, points], layout={"xaxis": {"title": {"text": TITLE}}}),
         "heat": go.Figure(heat),
         "flow": go.Figure(go.Sankey(node={"label": ["7", "1", NASTY]}, link=links)),
     }
@@ -131,6 +141,14 @@ def test_a_table_sorts_by_a_click_and_says_so(values: dict[str, Any]) -> None:
         ["abc", "ascending", "none", "none"],
         ["cab", "none", "none", "ascending"],
     ]
+
+
+def test_a_long_title_of_an_axis_is_wrapped_while_the_page_is_narrow(
+    values: dict[str, Any],
+) -> None:
+    wide, narrow, again = values["titles"]
+    assert wide == again == TITLE
+    assert narrow.split("<br>") == ["coefficient (× the stream's", "median norm)"]
 
 
 def test_no_figure_offers_to_send_its_data_anywhere(values: dict[str, Any]) -> None:

@@ -70,15 +70,15 @@ def test_on_a_terminal_the_bar_begins_at_what_was_done(monkeypatch: pytest.Monke
 def test_a_line_comes_while_a_single_unit_takes_long(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(context, "_SECONDS_BETWEEN_LINES", 0.2)
-    monkeypatch.setattr(context, "_LEAST_SECONDS_OF_WAIT", 0.05)
+    monkeypatch.setattr(context, "_SECONDS_BETWEEN_LINES", 0.1)
+    monkeypatch.setattr(context, "_LEAST_SECONDS_OF_WAIT", 0.03)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     with caplog.at_level(logging.INFO), context.progress(4, "answering", "prompt") as bar:
         bar.update(2)
-        time.sleep(0.7)
+        time.sleep(0.35)
     lines = [m for m in caplog.messages if m.startswith("answering: 2 of 4")]
     assert 1 <= len(lines) <= 4
-    time.sleep(0.3)
+    time.sleep(0.15)
     assert len([m for m in caplog.messages if m.startswith("answering: 2 of 4")]) == len(lines)
 
 

@@ -10,8 +10,10 @@ import pytest
 import saexp
 from saexp import registry
 from saexp.errors import ConfigError
+from tests.shipped_texts import FEW_NEUTRAL
 
 BUILTIN = [(kind, name) for kind, known in registry._BUILTIN.items() for name in known]
+CHEAP = ["dataset.n_examples=5", FEW_NEUTRAL, "intervention=none", "tracker=none"]
 
 
 @pytest.mark.parametrize(("kind", "name"), BUILTIN)
@@ -56,10 +58,10 @@ def test_a_custom_analyzer_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.syspath_prepend(str(tmp_path))
     cfg = saexp.compose(
         ["analyzer.name=counting", "+analyzer.options.factor=2", "plugins=[my_saexp_plugin]"]
-        + ["tracker=none", f"cache_dir={tmp_path}/cache"]
+        + [f"cache_dir={tmp_path}/cache", *CHEAP]
     )
     result = saexp.run(cfg, tmp_path / "run")
-    assert result.metrics["counting/rows"] == 2 * 960
+    assert result.metrics["counting/rows"] == 2 * 40
     assert (tmp_path / "run/report.html").is_file()
     sys.modules.pop("my_saexp_plugin")
 
@@ -116,8 +118,7 @@ def test_settings_of_a_plugin_are_typed_without_a_yaml_file(typed_plugin: str) -
 def test_an_analyzer_of_a_plugin_adds_a_section_to_the_report(
     typed_plugin: str, tmp_path: Path
 ) -> None:
-    words = [typed_plugin, "analyzer=scaled", "dataset.n_examples=5", "analyzer.n_background=50"]
-    words += ["intervention=none", "tracker=none", f"cache_dir={tmp_path}/cache"]
+    words = [typed_plugin, "analyzer=scaled", f"cache_dir={tmp_path}/cache", *CHEAP]
     result = saexp.run(saexp.compose(words), tmp_path / "run")
     page = (tmp_path / "run/report.html").read_text("utf-8")
     assert f"<p>factor 2: {result.metrics['scaled/rows']} rows</p>" in page
