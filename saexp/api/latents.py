@@ -78,10 +78,10 @@ def steer(
     Args:
         latents: one latent or several; the directions of several are added up.
         coefficient: the size of the edit, in units of `unit`.
-        unit: `resid_norm`, the median norm of the stream over ordinary tokens of neutral text
-            (measured once per model and stream); `absolute`, the length of the added vector;
-            `raw`, the unnormalized decoder rows; `max_act` or `p99_act`, each latent's maximum or
-            99th percentile over the tokens of neutral text at which it is active.
+        unit: `resid_norm`, the median norm of the stream over ordinary tokens of neutral text;
+            `absolute`, the length of the added vector; `raw`, the unnormalized decoder rows;
+            `max_act` or `p99_act`, each latent's maximum or 99th percentile over the tokens of
+            neutral text at which it is active. Neutral text is read once per model and stream.
         where: `all` (tokens of the prompt and generated tokens), `prompt`, `last` (of the prompt),
             `generated`, another option of the config group `positions` with its `where_options`,
             or indices of prompt tokens. Special tokens such as BOS are changed only by index.
@@ -99,10 +99,8 @@ def steer(
     one_of("unit", unit, (*UNITS, ABSOLUTE))
     values = _latent_values(model, sae, ids, unit)
     # With a median norm of 1 the length of the added vector is the coefficient itself.
-    intervention = Steer(
-        InterventionConfig(name="steer", unit="resid_norm" if unit == ABSOLUTE else unit)
-    )
-    ops = intervention.edit(ids, ids, "", float(coefficient), values)
+    config = InterventionConfig(name="steer", unit="resid_norm" if unit == ABSOLUTE else unit)
+    ops = Steer(config).edit(ids, ids, "", float(coefficient), values)
     return model.editing(ActiveEdit(ops, _where(where, where_options)))
 
 
@@ -234,8 +232,8 @@ def _latent_values(
 def median_norm(model: InteractiveModel, at: Hookpoint) -> float:
     """Measure the median norm of a stream over ordinary tokens of neutral text, without edits.
 
-    Texts and tokens are those of a run's background with default settings; tokens with a norm above
-    5 times the median (attention sinks) are excluded. The model remembers the value.
+    Texts and tokens are those of a run's background with default settings, without tokens of a norm
+    above 5 times the median (attention sinks). The model remembers the value.
     """
     if at not in model.median_norms:
         acts = _neutral(model, [at])[at]
@@ -248,13 +246,14 @@ def median_norm(model: InteractiveModel, at: Hookpoint) -> float:
 def _active_values(
     model: InteractiveModel, sae: SparseAutoencoder, latents: tuple[int, ...], quantile: float
 ) -> np.ndarray:
-    """A quantile of each latent's nonzero activations on neutral text."""
-    acts = _neutral(model, sae.hookpoints)
-    x = acts[sae.hookpoint].cpu()
-    target = None if sae.hookpoint_out is None else acts[sae.hookpoint_out].cpu()
-    rows = pd.DataFrame(index=range(len(x)))
-    encoded = encode_rows(x, np.arange(len(x)), sae, rows, target)[0]
-    return active_quantile(encoded.csr, np.array(latents), quantile)
+    """A quantile of each latent's nonzero activations on neutral text, encoded once per SAE."""
+    if sae not in model.neutral_latents:
+        acts = _neutral(model, sae.hookpoints)
+        x = acts[sae.hookpoint].cpu()
+        target = None if sae.hookpoint_out is None else acts[sae.hookpoint_out].cpu()
+        index, rows = np.arange(len(x)), pd.DataFrame(index=range(len(x)))
+        model.neutral_latents[sae] = encode_rows(x, index, sae, rows, target)[0].csr
+    return active_quantile(model.neutral_latents[sae], np.array(latents), quantile)
 
 
 def _neutral(

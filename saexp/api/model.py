@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor, nn
 
 from saexp import registry
@@ -116,6 +118,11 @@ class InteractiveModel(LanguageModel):
     def median_norms(self) -> dict[Hookpoint, float]:
         """Median norm over neutral text of each stream where it was measured."""
         return {}
+
+    @cached_property
+    def neutral_latents(self) -> WeakKeyDictionary[SparseAutoencoder, sparse.csr_array]:
+        """Latents `[n, d_sae]` of neutral text of each SAE with which it was encoded."""
+        return WeakKeyDictionary()
 
     @contextmanager
     def editing(self, edit: ActiveEdit) -> Iterator[None]:

@@ -101,6 +101,12 @@ def test_an_epoch_serves_every_ordinary_position_of_its_contexts_once(model, cor
     torch.testing.assert_close(served[order[0]], expected[order[1]], rtol=1e-3, atol=1e-4)
 
 
+def test_each_epoch_reads_the_contexts_in_an_order_of_its_own(model, corpus):  # noqa: F811
+    orders = [source(model, corpus)._order_of(epoch) for epoch in (0, 1, 0)]
+    assert orders[0].tolist() == orders[2].tolist() != orders[1].tolist()
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(0, len(corpus), 2))
+
+
 def test_a_value_that_is_not_finite_names_the_text(corpus):  # noqa: F811
     hf = random_hf("llama")
     with torch.no_grad():
