@@ -1,5 +1,7 @@
 """Direct effects equal logits computed by hand; gradients equal finite differences and ablation."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,7 @@ def make_sae(hookpoint, d_in=D_MODEL, architecture="standard", **options) -> Spa
     )
 
 
+@cache
 def double(architecture, **options):
     return LanguageModel.wrap(random_hf(architecture, **options).double(), tokenizer())
 

@@ -1,6 +1,7 @@
 """Answers before and after the SAE: against transformers and the SAE's formula written out here."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,18 @@ def shipped_sae() -> SparseAutoencoder:
     return saexp.build("sae", saexp.compose([f"layer={LAYER}", "device=cpu"]).sae)
 
 
+@cache
+def shipped_by_transformers() -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    hf = AutoModelForCausalLM.from_pretrained(TINY / "model", dtype=torch.float32).eval()
+    return hf, AutoTokenizer.from_pretrained(TINY / "model")
+
+
 @torch.no_grad()
 def by_hand(prompt: str, *, through_sae: bool) -> torch.Tensor:
     """Last logits by transformers alone; the SAE's formula is that of a JumpReLU, all but BOS."""
-    hf = AutoModelForCausalLM.from_pretrained(TINY / "model", dtype=torch.float32).eval()
-    ids = AutoTokenizer.from_pretrained(TINY / "model")(prompt, return_tensors="pt")["input_ids"]
+    hf, words = shipped_by_transformers()
+    ids = words(prompt, return_tensors="pt")["input_ids"]
     handles = []
     if through_sae:
         file = TINY / f"sae/layer_{LAYER}/width_256/sae_weights.safetensors"
@@ -111,7 +119,7 @@ def by_hand(prompt: str, *, through_sae: bool) -> torch.Tensor:
 def test_against_transformers_by_hand(model: LanguageModel, ioi: list[Example]) -> None:
     result = capability(model, shipped_sae(), ioi)
     table, tops = result.tables["prompts"].set_index("example_id"), result.tables["top_tokens"]
-    words = AutoTokenizer.from_pretrained(TINY / "model")
+    _, words = shipped_by_transformers()
     for example in ioi[:8]:
         answer = words(example.text + example.answers[0])["input_ids"][len(words(example.text)[0])]
         foil = words(example.text + example.extra["foil"])["input_ids"][len(words(example.text)[0])]
