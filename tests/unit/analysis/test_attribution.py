@@ -138,7 +138,7 @@ def test_gradients_equal_finite_differences(architecture, stream, scaling):
     attribution = attribute(model, sae, PROMPTS, SOME, ANSWERS, FOILS)
     gradient = attribution.gradient.toarray()
     step = 1e-5
-    for i in (1, 2):
+    for i in (2,):
         values, logits = stream_of(model, PROMPTS[i], point)
         x = values[SOME[i]]
         acts = sae.encode(x)

@@ -165,8 +165,15 @@ def test_runs_that_share_objects_fit_the_baseline_once_with_the_numbers_of_runs_
         assert shared.metrics[SURFACE] == single_result.metrics[SURFACE]
     assert len(fits) == 1
     # Another seed, other labels and other texts have a baseline of their own.
-    contrast(replace(single, objects=objects), seed=1)
-    contrast(replace(single, objects=objects, groups=GROUPS[::-1]))
-    texts = [replace(text, text=text.text.upper()) for text in single.texts]
-    contrast(replace(single, objects=objects, texts=texts))
-    assert len(fits) == 4
+    rows = single.latents.rows[:40]
+    read, first = read_texts(rows, single.texts), (rows["group"] == "known").to_numpy()
+    others = [replace(r, text=r.text.upper()) for r in read]
+    for _ in range(2):
+        for texts, labels, seed in (
+            (read, first, 0),
+            (read, first, 1),
+            (read, ~first, 0),
+            (others, first, 0),
+        ):
+            fit_surface(texts, labels, rows["unit"].to_numpy(), {}, seed, objects)
+    assert len(fits) == 5

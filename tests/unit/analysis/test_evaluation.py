@@ -107,9 +107,9 @@ def assert_same(one: Evaluation, other: Evaluation, rtol: float = 1e-4) -> None:
 def test_equals_a_plain_loop(architecture: str) -> None:
     model = random_lm(architecture)
     saes = [sae("jumprelu", Hookpoint(1, "resid_post"))]
-    (one,) = evaluate_saes(model, saes, TOKENS[2:])
+    (one,) = evaluate_saes(model, saes, TOKENS[3:6])
     assert one.resumed
-    assert_equal_by_hand(one, model, saes[0], TOKENS[2:])
+    assert_equal_by_hand(one, model, saes[0], TOKENS[3:6])
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,12 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
     return random_lm(request.param)
 
 
+@pytest.fixture(params=["gpt2", "gpt_neox", "gemma2"])
+def one_of_three(request: pytest.FixtureRequest) -> LanguageModel:
+    """Of batches and caches: learned positions, rotary ones, and a sliding window."""
+    return random_lm(request.param)
+
+
 @pytest.fixture(params=["gpt2", "gemma2"])
 def one_of_two(request: pytest.FixtureRequest) -> LanguageModel:
     """Of operations' formulas, which do not depend on the architecture: a block's output is
@@ -358,7 +364,10 @@ def test_batched_cached_generation_equals_decoding_without_a_cache(
     assert generated == [greedy_by_hand(model, row, change, 6) for row, change in rows_and_changes]
 
 
-def test_batch_size_and_order_change_no_token(model: LanguageModel, sae: SparseAutoencoder) -> None:
+def test_batch_size_and_order_change_no_token(
+    one_of_three: LanguageModel, sae: SparseAutoencoder
+) -> None:
+    model = one_of_three
     ids = prompts(model)
     rows = [Row(i, add(sae, (n,), 3.0), (1,)) for n, i in enumerate(ids)]
     rows += [Row(i) for i in ids]
@@ -370,8 +379,9 @@ def test_batch_size_and_order_change_no_token(model: LanguageModel, sae: SparseA
 
 
 def test_prompts_that_are_shared_give_what_each_gives_alone(
-    model: LanguageModel, sae: SparseAutoencoder
+    one_of_three: LanguageModel, sae: SparseAutoencoder
 ) -> None:
+    model = one_of_three
     long = [tuple(model.tokenizer(t)["input_ids"]) for t in TEXTS[:2]]
     rows = [
         Row(ids, add(sae, (n,), 2.0 + n), (len(ids) - 1 - n % 3,)) for ids in long for n in range(3)
@@ -385,7 +395,8 @@ def test_prompts_that_are_shared_give_what_each_gives_alone(
     assert together == generate(model, rows, {AT: sae}, max_new_tokens=3, batch_tokens=1)
 
 
-def test_generation_equals_transformers_generate(model: LanguageModel) -> None:
+def test_generation_equals_transformers_generate(one_of_three: LanguageModel) -> None:
+    model = one_of_three
     ids = prompts(model)
     generated = generate(model, [Row(i) for i in ids], max_new_tokens=6, batch_tokens=10_000)
     for prompt, tokens in zip(ids, generated, strict=True):
