@@ -288,7 +288,5 @@ def test_the_prompt_of_the_data_counts_where_there_is_one(model: LanguageModel) 
 
 
 def test_invalid_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"no key 'analyzer.n_topp'; did you mean analyzer.n_top"):
-        saexp.compose(["analyzer=capability", "analyzer.n_topp=3"])
     with pytest.raises(ConfigError, match="n_top=0 is too small; it must be at least 1"):
         CapabilityConfig(name="capability", n_top=0)

@@ -5,11 +5,10 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-import saexp
 from saexp.analysis import AnalysisInputs
 from saexp.analysis.group_statistics import StatsAnalyzer
 from saexp.config import StatsConfig
-from saexp.errors import ConfigError, DataError
+from saexp.errors import DataError
 from saexp.latents import Latents
 from saexp.results import Result
 from saexp.stats import MIN_N, mean_interval
@@ -217,5 +216,3 @@ def test_groups_in_which_all_latents_are_inactive() -> None:
 def test_what_cannot_be_described() -> None:
     with pytest.raises(DataError, match="group 'absent' has no position"):
         stats(groups=("known", "absent"))
-    with pytest.raises(ConfigError, match="no key 'analyzer.bins'; did you mean analyzer.n_bins"):
-        saexp.compose(["analyzer=stats", "+analyzer.bins=3"])

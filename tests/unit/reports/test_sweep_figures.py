@@ -54,7 +54,6 @@ EXIST = [
     ([1], [64], [1], set()),
     ([1, 2], [64], [1], {"over_layers"}),
     ([1], [64, 128], [1], {"over_width"}),
-    ([1, 2], [64, 128], [0, 0.5], {"over_layers", "over_width", "heat_map", "over_coefficient"}),
 ]
 
 
@@ -68,6 +67,18 @@ def test_a_figure_is_there_where_it_has_two_points(
 ) -> None:
     grid(tmp_path, layers, widths, coefficients)
     assert set(figures_of(tmp_path)) == names
+
+
+@pytest.fixture(scope="module")
+def of_grid(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Table and figures of cells at three layers with two widths and two coefficients."""
+    folder = tmp_path_factory.mktemp("grid")
+    table = grid(folder, [3, 1, 2], [64, 128], [0, 0.5])
+    return table, figures_of(folder)
+
+
+def test_a_grid_has_all_figures(of_grid: tuple[pd.DataFrame, dict[str, Any]]) -> None:
+    assert set(of_grid[1]) == {"over_layers", "over_width", "heat_map", "over_coefficient"}
 
 
 def test_cells_that_did_not_finish_or_compare_no_groups_draw_nothing(tmp_path: Path) -> None:
@@ -85,9 +96,11 @@ def traces(figure: Any, axis: str = "x") -> dict[str, Any]:
     return {t.name: t for t in figure.data if (t.xaxis or "x") == axis}
 
 
-def test_points_and_bars_over_layers_are_the_tables(tmp_path: Path) -> None:
-    table = grid(tmp_path, [3, 1, 2], [64, 128])
-    figure = figures_of(tmp_path)["over_layers"]
+def test_points_and_bars_over_layers_are_the_tables(
+    of_grid: tuple[pd.DataFrame, dict[str, Any]],
+) -> None:
+    table, figures = of_grid
+    figure = figures["over_layers"]
     for axis, measure in (("x", "auroc"), ("x2", "separation")):
         drawn = traces(figure, axis)
         assert set(drawn) == {f"{g}, width {w}" for g in ("known", "unknown") for w in (64, 128)}
@@ -163,13 +176,15 @@ def test_widths_are_in_the_order_of_their_size(tmp_path: Path) -> None:
     assert list(figures["heat_map"].data[0].y) == ["16k", "131k", "1m"]
 
 
-def test_the_map_holds_each_cells_number_at_its_layer_and_width(tmp_path: Path) -> None:
-    table = grid(tmp_path, [0, 2], [64, 128])
-    known, unknown = figures_of(tmp_path)["heat_map"].data
+def test_the_map_holds_each_cells_number_at_its_layer_and_width(
+    of_grid: tuple[pd.DataFrame, dict[str, Any]],
+) -> None:
+    table, figures = of_grid
+    known, unknown = figures["heat_map"].data
     for panel, group in ((known, "known"), (unknown, "unknown")):
         values = table.set_index(["width", "layer"])[f"contrast/best_auroc_{group}_test"]
         for y, width in enumerate((64, 128)):
-            for x, layer in enumerate((0, 2)):
+            for x, layer in enumerate((1, 2, 3)):
                 assert (panel.y[y], panel.x[x]) == (str(width), str(layer))
                 assert panel.z[y][x] == pytest.approx(values[width, layer])
 
