@@ -365,15 +365,11 @@ def unequal_types(units: pd.DataFrame, groups: tuple[str, str], consequence: str
     `consequence` ends the note and says which numbers this affects.
     """
     first, second = groups
-    types, of_unit = np.unique(
-        units["entity_type"].fillna("").to_numpy(dtype=object), return_inverse=True
-    )
-    counts = np.stack(
-        [np.bincount(of_unit[units["group"].isin([g])], minlength=len(types)) for g in groups],
-        axis=1,
-    )
-    is_shared = (counts > 0).all(axis=1)
-    types, counts = types[is_shared], counts[is_shared]
+    of_unit, types = pd.factorize(units["entity_type"].fillna(""), sort=True)
+    in_group = [units["group"].isin([g]).to_numpy() for g in groups]
+    counts = np.stack([np.bincount(of_unit[g], minlength=len(types)) for g in in_group], axis=1)
+    shared = np.flatnonzero((counts > 0).all(axis=1))
+    types, counts = types[shared], counts[shared]
     if len(types) < 2:
         return []
     from scipy import stats

@@ -372,9 +372,9 @@ def test_batch_size_and_order_change_no_token(
     rows = [Row(i, add(sae, (n,), 3.0), (1,)) for n, i in enumerate(ids)]
     rows += [Row(i) for i in ids]
     saes = {AT: sae}
-    together = generate(model, rows, saes, max_new_tokens=3, batch_tokens=10_000)
-    alone = generate(model, rows, saes, max_new_tokens=3, batch_tokens=1)
-    backwards = generate(model, rows[::-1], saes, max_new_tokens=3, batch_tokens=40)
+    together = generate(model, rows, saes, max_new_tokens=5, batch_tokens=10_000)
+    alone = generate(model, rows, saes, max_new_tokens=5, batch_tokens=1)
+    backwards = generate(model, rows[::-1], saes, max_new_tokens=5, batch_tokens=40)
     assert together == alone == backwards[::-1]
 
 
@@ -382,7 +382,7 @@ def test_prompts_that_are_shared_give_what_each_gives_alone(
     one_of_three: LanguageModel, sae: SparseAutoencoder
 ) -> None:
     model = one_of_three
-    long = [tuple(model.tokenizer(t)["input_ids"]) for t in TEXTS[:2]]
+    long = [tuple(model.tokenizer(t)["input_ids"]) for t in TEXTS[:3]]
     rows = [
         Row(ids, add(sae, (n,), 2.0 + n), (len(ids) - 1 - n % 3,)) for ids in long for n in range(3)
     ]
@@ -391,8 +391,8 @@ def test_prompts_that_are_shared_give_what_each_gives_alone(
     for row, logits in zip(rows, all_logits, strict=True):
         alone = logits_of(model, [row], sae)[0]
         torch.testing.assert_close(logits, alone, atol=2e-4, rtol=1e-4)
-    together = generate(model, rows, {AT: sae}, max_new_tokens=3, batch_tokens=10_000)
-    assert together == generate(model, rows, {AT: sae}, max_new_tokens=3, batch_tokens=1)
+    together = generate(model, rows, {AT: sae}, max_new_tokens=5, batch_tokens=10_000)
+    assert together == generate(model, rows, {AT: sae}, max_new_tokens=5, batch_tokens=1)
 
 
 def test_generation_equals_transformers_generate(one_of_three: LanguageModel) -> None:
