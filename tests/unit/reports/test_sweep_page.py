@@ -12,7 +12,7 @@ from saexp.reports.contrast import MATCH_HEAD, match_rows, splits
 from saexp.reports.findings import SURFACE
 from saexp.reports.saved_run import cells_table
 from saexp.reports.sweep import findings, write_sweep
-from saexp.reports.sweep_figures import flow_figures
+from saexp.reports.sweep_figures import flow_figures, importance
 from tests.unit.reports.run_outputs import assert_links_lead_to_reports, page_of
 from tests.unit.reports.written import NASTY, cell, contrast, effect, write_json
 
@@ -330,6 +330,19 @@ def test_a_dashboard_cell_is_linked_to_its_own_page(tmp_path: Path) -> None:
     (cell_folder / "report.html").rename(cell_folder / "dashboard.html")
     write_sweep(tmp_path)
     assert f'<a href="{cell_folder.name}/dashboard.html">' in unquote(page_of(tmp_path))
+
+
+def test_saes_without_a_width_are_compared_with_those_that_have_one(tmp_path: Path) -> None:
+    for number, width in enumerate((256, 512, None)):
+        rows = effect("known", 0, 0.3) + effect("known", 1, 0.4 + number / 5, chosen=True)
+        metrics = contrast("known", 3, train=0.9, test=0.7 + number / 10)
+        cell(tmp_path, number, f"sae={number}", metrics=metrics, effects=rows, width=width)
+    table, figures = write_sweep(tmp_path)
+    assert len(figures["over_coefficient"].data) == 3
+    sentence = findings(table, tmp_path)[-1]
+    assert "refusal from 0.30 to 0.80 [0.70, 0.90] (n = 40) at sae 2, coefficient 1" in sentence
+    # The width changes with the SAE: one key, of whose importance nothing is to be said.
+    assert importance(table, "contrast/best_auroc_known_test").note is None
 
 
 def test_cells_without_a_point_say_why(tmp_path: Path) -> None:
