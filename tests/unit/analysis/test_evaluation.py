@@ -272,7 +272,7 @@ def of_two_saes(architecture: str) -> list[Evaluation]:
 @pytest.mark.parametrize(
     ("architecture", "padding_side", "batch_tokens"),
     [
-        ("gpt2", "left", 1),
+        ("gpt2", "left", 40),
         ("gpt2", "left", 64),
         ("gpt2", "right", 100_000),
         ("gemma3", "left", 100_000),
