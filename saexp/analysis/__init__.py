@@ -70,15 +70,17 @@ class AnalysisInputs:
         What is chosen on its train rows would be tested on the same entity.
         """
         rows = self.latents.rows
-        rows = rows[rows["group"].isin(self.groups)]
-        splits = rows.dropna(subset="split").groupby("unit", sort=False)["split"].unique()
-        several = splits[splits.map(len) > 1]
+        pairs = rows.loc[rows["group"].isin(self.groups), ["unit", "split"]]
+        pairs = pairs.dropna().drop_duplicates()
+        several = pairs[pairs["unit"].duplicated(keep=False)]
         if len(several):
+            unit = several["unit"].iloc[0]
+            splits = sorted(several.loc[several["unit"] == unit, "split"])
+            n_units = several["unit"].nunique()
             raise DataError(
-                f"{counted(len(several), 'entity has', 'entities have')} rows in several splits, "
-                f"such as {str(several.index[0]).lstrip(':')} in "
-                f"{' and '.join(sorted(several.iloc[0]))}; an entity belongs to one: give all its "
-                "rows the same split, or none"
+                f"{counted(n_units, 'entity has', 'entities have')} rows in several splits, "
+                f"such as {str(unit).lstrip(':')} in {' and '.join(splits)}; an entity belongs to "
+                "one: give all its rows the same split, or none"
             )
 
 
@@ -363,14 +365,15 @@ def unequal_types(units: pd.DataFrame, groups: tuple[str, str], consequence: str
     `consequence` ends the note and says which numbers this affects.
     """
     first, second = groups
-    types = units["entity_type"].fillna("")
-    table = pd.crosstab(types, units["group"]).reindex(columns=list(groups), fill_value=0)
-    table = table[(table > 0).all(axis=1)]
-    if len(table) < 2:
+    of_unit, types = pd.factorize(units["entity_type"].fillna(""), sort=True)
+    in_group = [units["group"].isin([g]).to_numpy() for g in groups]
+    counts = np.stack([np.bincount(of_unit[g], minlength=len(types)) for g in in_group], axis=1)
+    shared = np.flatnonzero((counts > 0).all(axis=1))
+    types, counts = types[shared], counts[shared]
+    if len(types) < 2:
         return []
     from scipy import stats
 
-    counts = table.to_numpy()
     fractions = counts / counts.sum(axis=0)
     differences = np.abs(fractions[:, 0] - fractions[:, 1])
     p_value = float(stats.chi2_contingency(counts).pvalue)  # pyright: ignore[reportAttributeAccessIssue]
@@ -379,7 +382,7 @@ def unequal_types(units: pd.DataFrame, groups: tuple[str, str], consequence: str
     largest = int(differences.argmax())
     return [
         f"entity types differ between the groups (p = {p_value:.2g}): "
-        f"{table.index[largest] or 'no type'} is {fractions[largest, 0]:.0%} of {first} and "
+        f"{types[largest] or 'no type'} is {fractions[largest, 0]:.0%} of {first} and "
         f"{fractions[largest, 1]:.0%} of {second}; {consequence}"
     ]
 

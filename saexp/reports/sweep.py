@@ -54,7 +54,7 @@ def distinct_effects(effects: pd.DataFrame) -> pd.DataFrame:
     """Equal rows of several cells once, and a baseline only for a line without coefficient 0."""
     rows = effects.drop(columns="cell").drop_duplicates(ignore_index=True)
     is_baseline = rows["is_baseline"].astype(bool)
-    line = rows[[c for c in rows if c not in POINT]].astype(str).agg("|".join, axis=1)
+    line = rows[[c for c in rows if c not in POINT]].map(str).agg("|".join, axis=1)
     at_zero = line[(rows["coefficient"] == 0) & ~is_baseline]
     is_extra = line.isin(at_zero) | line.where(is_baseline).duplicated()
     return rows[~(is_baseline & is_extra)].reset_index(drop=True)
@@ -114,10 +114,10 @@ def _sentence(cells: pd.DataFrame, measured: pd.DataFrame, n_tests: int) -> str:
 
 
 def cell_place(cell: pd.Series, varied: list[str]) -> str:
-    """The varied keys and the coefficient."""
-    words = ", ".join(f"{k} {cell[k]}" for k in varied if k != "coefficient")
-    coefficient = f"coefficient {cell['coefficient']:.3g}"
-    return f"{words}, {coefficient}" if words else coefficient
+    """The varied keys that are set, and the coefficient."""
+    keys = [k for k in varied if k != "coefficient" and pd.isna(cell[k]) is not True]
+    words = [*(f"{k} {cell[k]}" for k in keys), f"coefficient {cell['coefficient']:.3g}"]
+    return ", ".join(words)
 
 
 def _change(cell: pd.Series) -> str:

@@ -409,7 +409,7 @@ def importance(done: pd.DataFrame, objective: str, by_cell: pd.Series | None = N
     cells = done[values.notna()]
     levels: dict[str, np.ndarray] = {}
     for key in swept(cells):
-        codes = pd.factorize(cells[key].astype(str))[0]
+        codes = pd.factorize(cells[key].map(str))[0]
         same = next((k for k, other in levels.items() if np.array_equal(other, codes)), None)
         # Keys that always change together have one effect.
         label = key if same is None else f"{same} + {key}"

@@ -112,26 +112,44 @@ def test_a_damaged_table_or_another_folder_is_one_line(folder: Path) -> None:
     assert "saexp: task=report needs the folder of a run or sweep" in result.err
 
 
-@pytest.mark.parametrize("task", ["evaluate", "train", "dashboard", "label", "analyze"])
+TASKS = {
+    "evaluate": ["task.n_texts=8", "task.n_bootstrap=0"],
+    "train": ["sae_trainer.n_samples=2048", "sae_trainer.batch_size=256", "width=64"],
+    "dashboard": ["task.latents=[12,40]"],
+    "label": ["task.n_samples=0", "task.max_new_tokens=2"],
+    "analyze": ["intervention=ablate", "intervention.n_prompts=4", "intervention.n_controls=1"]
+    + ["intervention.max_new_tokens=3", "intervention.n_choice_prompts=2"]
+    + ["intervention.size=small", "intervention.top_k=4"],
+}
+
+
+def run_of(folder: Path, task: str) -> Path:
+    """The folder of the task's run, which is made once."""
+    if not (folder / task).exists():
+        small = ["tracker=none", "cache_dir=cache", "dataset.n_examples=20", "layer=2"]
+        small += ["analyzer.n_bootstrap=0", "analyzer.n_background=200", FEW_NEUTRAL]
+        words = [f"task={task}", *small, *TASKS[task], f"hydra.run.dir={task}"]
+        result = command(folder, *words)
+        assert result.code == 0, result.err[-2000:]
+    return folder / task
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_the_page_of_every_task_is_equal(folder: Path, task: str) -> None:
-    words = {
-        "evaluate": ["task.n_texts=8", "task.n_bootstrap=0"],
-        "train": ["sae_trainer.n_samples=2048", "sae_trainer.batch_size=256", "width=64"],
-        "dashboard": ["task.latents=[12,40]"],
-        "label": ["task.n_samples=0", "task.max_new_tokens=2"],
-        "analyze": ["intervention=ablate", "intervention.n_prompts=4", "intervention.n_controls=1"],
-    }[task]
-    small = ["tracker=none", "cache_dir=cache", "dataset.n_examples=20", "layer=2"]
-    small += ["analyzer.n_bootstrap=0", "analyzer.n_background=200", FEW_NEUTRAL]
-    if task == "analyze":
-        words += ["intervention.max_new_tokens=3", "intervention.n_choice_prompts=2"]
-    result = command(folder, f"task={task}", *small, *words, f"hydra.run.dir={task}")
-    assert result.code == 0, result.err[-2000:]
-    page = folder / task / ("dashboard.html" if task == "dashboard" else "report.html")
+    page = run_of(folder, task) / ("dashboard.html" if task == "dashboard" else "report.html")
     before = page.read_bytes()
     page.unlink()
     assert report(folder, task).code == 0
     assert page.read_bytes() == before
+
+
+def test_a_small_causal_test_keeps_what_a_command_types(folder: Path) -> None:
+    """Also `top_k=4`, which is the default."""
+    about = json.loads((run_of(folder, "analyze") / "provenance.json").read_text("utf-8"))
+    (note,) = [n for n in about["notes"] if n.startswith("intervention.size=small")]
+    assert "n_neutral 5 (not 10)" in note
+    for typed in ("top_k", "n_prompts", "n_controls", "n_choice_prompts"):
+        assert typed not in note
 
 
 def test_a_report_is_not_written_into_the_run_that_it_reads(

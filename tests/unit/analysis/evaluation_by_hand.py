@@ -57,14 +57,11 @@ def by_hand(
         def change(state: str, spliced=spliced, ablated=ablated, read=read):
             def function(stream: Tensor) -> Tensor:
                 new = stream.clone()
-                for token in range(stream.shape[1]):
-                    if state == "sae" and spliced[token]:
-                        source = read[-1][0, token]
-                        new[0, token] = sae.decode(sae.encode(source), source)
-                    if state == "zero" and ablated[token]:
-                        new[0, token] = 0
-                    if state == "mean" and ablated[token]:
-                        new[0, token] = mean
+                if state == "sae":
+                    source = read[-1][0, spliced]
+                    new[0, spliced] = sae.decode(sae.encode(source), source)
+                if state in ("zero", "mean"):
+                    new[0, ablated] = mean if state == "mean" else torch.zeros_like(mean)
                 return new
 
             return function
@@ -84,16 +81,13 @@ def by_hand(
 
             with edit(model, {out: write} if into == out else {into: look, out: write}):
                 logs[state] = model.hf(ids).logits[0].double().log_softmax(-1)
-        row = {"n_spliced": int(spliced.sum()), "n_compared": int(counted.sum()), "n_scored": 0}
-        row |= {f"{kind}_{s}": 0.0 for kind in ("ce", "kl") for s in STATES}
-        for token in torch.nonzero(counted)[:, 0].tolist():
-            for state, log in logs.items():
-                kl = (logs["clean"][token].exp() * (logs["clean"][token] - log[token])).sum()
-                row[f"kl_{state}"] += float(kl)
-            if token + 1 < len(text) and counted[token + 1]:
-                row["n_scored"] += 1
-                for state, log in logs.items():
-                    row[f"ce_{state}"] -= float(log[token, text.ids[token + 1]])
+        scored = torch.nonzero(counted[:-1] & counted[1:])[:, 0]
+        row = {"n_spliced": int(spliced.sum()), "n_compared": int(counted.sum())}
+        row |= {"n_scored": len(scored)}
+        for state, log in logs.items():
+            kl = (logs["clean"].exp() * (logs["clean"] - log)).sum(-1)
+            row[f"kl_{state}"] = float(kl[counted].sum())
+            row[f"ce_{state}"] = -float(log[scored, ids[0, scored + 1]].sum())
         rows.append(row)
     sums = pd.DataFrame(rows).drop(columns="kl_clean")
     acts = sae.encode(x)

@@ -24,11 +24,15 @@ def names(n: int, letters: str, seed: int, length: int = 8) -> list[str]:
     return ["".join(rng.choice(list(letters), length)) for _ in range(n)]
 
 
-def placed(entities: Sequence[str], template: str = "In a word: {} is") -> pd.DataFrame:
-    """Rows at the last token of each name, with their `tokens` in a column."""
+def placed(
+    entities: Sequence[str], template: str | Sequence[str] = "In a word: {} is"
+) -> pd.DataFrame:
+    """Rows at the last token of each name, with their `tokens` in a column; a template for all, or
+    one for each."""
+    templates = [template] * len(entities) if isinstance(template, str) else template
     rows = []
-    for i, name in enumerate(entities):
-        tokens = tokenized(template.format(name))
+    for i, (name, around) in enumerate(zip(entities, templates, strict=True)):
+        tokens = tokenized(around.format(name))
         end = tokens.text.index(name) + len(name)
         last = max(j for j, (a, _) in enumerate(tokens.offsets) if a < end)
         rows.append((i, last, name, name, tokens))

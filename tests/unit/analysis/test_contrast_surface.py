@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
@@ -20,29 +19,28 @@ from saexp.stats.separation import stratum_weights
 from tests.unit.analysis.simulate import GROUPS, KNOWN, TYPES, activations, rows_table
 from tests.unit.analysis.surface_texts import names, placed
 
-TEMPLATES = ("In a word: {} is", "We call it {} and", "So far {} has")
+TEMPLATES = ("In a word: {} is", "We call it {} and")
 SURFACE = "contrast/surface_auroc_test"
 
 
-def make_inputs(second: str = "abcdefij", *, entities: bool = True) -> AnalysisInputs:
-    """Entities of one to three rows, each in a template of its own; names of equal length, those
-    of the second group of other letters."""
+def make_inputs(second: str = "abcdefij") -> AnalysisInputs:
+    """Entities of two rows, each in a template of its own; names of equal length, those of the
+    second group of other letters."""
     table = rows_table()
     units = table.drop_duplicates("unit").reset_index(drop=True)
     letters = {"known": "abcdefgh", "unknown": second}
     drawn = [names(1, letters[g], i)[0] for i, g in enumerate(units["group"])]
     of_unit = dict(zip(units["unit"], drawn, strict=True))
     repeat = table.groupby("unit").cumcount()
-    where = pd.concat(
-        [placed([of_unit[u]], TEMPLATES[k]) for u, k in zip(table["unit"], repeat, strict=True)]
-    ).reset_index(drop=True)
-    entity = where["entity"] if entities else pd.NA
-    rows = table.assign(text_id=where.index, token_index=where["token_index"], entity=entity)
+    where = placed([of_unit[u] for u in table["unit"]], [TEMPLATES[k] for k in repeat])
+    columns = {name: where[name] for name in ("text_id", "token_index", "entity")}
+    rows = table.assign(**columns)
     return AnalysisInputs(
         latents=Latents(sparse.csr_array(activations(rows)), rows),
         groups=GROUPS,
         layer=4,
         texts=where["tokens"].tolist(),
+        objects=ObjectCache(),
     )
 
 
@@ -61,17 +59,25 @@ def result(inputs: AnalysisInputs) -> Result:
     return contrast(inputs)
 
 
-def one_row_each(inputs: AnalysisInputs) -> AnalysisInputs:
+@pytest.fixture(scope="module")
+def single(inputs: AnalysisInputs) -> AnalysisInputs:
+    """One row of each entity."""
     rows = inputs.latents.rows
     keep = ~rows["unit"].duplicated().to_numpy()
     part = Latents(inputs.latents.csr[keep], rows[keep].reset_index(drop=True))
-    return replace(inputs, latents=part)
+    return replace(inputs, latents=part, objects=None)
 
 
-def test_its_auroc_is_the_weighted_mean_over_types_of_sklearns(inputs: AnalysisInputs) -> None:
+@pytest.fixture(scope="module")
+def single_result(single: AnalysisInputs) -> Result:
+    return contrast(single)
+
+
+def test_its_auroc_is_the_weighted_mean_over_types_of_sklearns(
+    single: AnalysisInputs, single_result: Result
+) -> None:
     """By hand, on data of one row an entity."""
-    single = one_row_each(inputs)
-    metrics = contrast(single).metrics
+    metrics = single_result.metrics
     rows = single.latents.rows
     read, first = read_texts(rows, single.texts), (rows["group"] == "known").to_numpy()
     train, test = (np.flatnonzero(rows["split"] == s) for s in ("train", "test"))
@@ -92,21 +98,10 @@ def test_its_auroc_is_the_weighted_mean_over_types_of_sklearns(inputs: AnalysisI
         assert metrics[f"{key}_ci_low"] < difference < metrics[f"{key}_ci_high"]
 
 
-def test_names_of_equal_length_and_other_tokens_are_surface_cues() -> None:
-    """What a latent knows of them cannot be distinguished from what the names' letters say."""
-    metrics = contrast(make_inputs("ijklmnop")).metrics
-    assert metrics[SURFACE] > 0.97
-    assert metrics["contrast/best_minus_surface_known_test_ci_low"] < 0
-
-
 def test_names_of_the_same_letters_are_not_surface_cues() -> None:
     metrics = contrast(make_inputs("abcdefgh")).metrics
     assert metrics[f"{SURFACE}_ci_low"] < 0.5 < metrics[f"{SURFACE}_ci_high"]
     assert metrics["contrast/best_minus_surface_known_test_ci_low"] > 0.2
-
-
-def test_plain_texts_without_entities() -> None:
-    assert contrast(make_inputs("ijklmnop", entities=False)).metrics[SURFACE] > 0.9
 
 
 def test_labels_of_the_test_split_do_not_enter_the_fit(
@@ -120,13 +115,12 @@ def test_labels_of_the_test_split_do_not_enter_the_fit(
     assert again.metrics[SURFACE] == pytest.approx(1 - result.metrics[SURFACE])
 
 
-def test_the_order_of_rows_has_no_influence(inputs: AnalysisInputs) -> None:
-    single = one_row_each(inputs)
+def test_the_order_of_rows_has_no_influence(single: AnalysisInputs, single_result: Result) -> None:
     order = np.random.default_rng(0).permutation(len(single.latents.rows))
     part = Latents(
         single.latents.csr[order], single.latents.rows.iloc[order].reset_index(drop=True)
     )
-    one, two = (contrast(i).metrics for i in (single, replace(single, latents=part)))
+    one, two = single_result.metrics, contrast(replace(single, latents=part)).metrics
     keys = [k for k in one if "surface" in k]
     assert len(keys) == 11
     assert {k: one[k] for k in keys} == pytest.approx({k: two[k] for k in keys})
@@ -157,7 +151,7 @@ def test_without_a_selected_latent_there_is_nothing_to_compare(inputs: AnalysisI
 
 
 def test_runs_that_share_objects_fit_the_baseline_once_with_the_numbers_of_runs_alone(
-    inputs: AnalysisInputs, result: Result, monkeypatch: pytest.MonkeyPatch
+    single: AnalysisInputs, single_result: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fits: list[int] = []
     fit = separation.fit_logistic
@@ -165,13 +159,21 @@ def test_runs_that_share_objects_fit_the_baseline_once_with_the_numbers_of_runs_
         separation, "fit_logistic", lambda *a, **options: fits.append(1) or fit(*a, **options)
     )
     objects = ObjectCache()
-    other_latents = Latents(inputs.latents.csr[:, ::-1].copy(), inputs.latents.rows)
-    for latents in (inputs.latents, other_latents):
-        shared = contrast(replace(inputs, latents=latents, objects=objects))
-        assert shared.metrics[SURFACE] == result.metrics[SURFACE]
+    other_latents = Latents(single.latents.csr[:, ::-1].copy(), single.latents.rows)
+    for latents in (single.latents, other_latents):
+        shared = contrast(replace(single, latents=latents, objects=objects))
+        assert shared.metrics[SURFACE] == single_result.metrics[SURFACE]
     assert len(fits) == 1
     # Another seed, other labels and other texts have a baseline of their own.
-    contrast(replace(inputs, objects=objects), seed=1)
-    contrast(replace(inputs, objects=objects, groups=GROUPS[::-1]))
-    contrast(replace(make_inputs("klmnop"), objects=objects))
-    assert len(fits) == 4
+    rows = single.latents.rows[:40]
+    read, first = read_texts(rows, single.texts), (rows["group"] == "known").to_numpy()
+    others = [replace(r, text=r.text.upper()) for r in read]
+    for _ in range(2):
+        for texts, labels, seed in (
+            (read, first, 0),
+            (read, first, 1),
+            (read, ~first, 0),
+            (others, first, 0),
+        ):
+            fit_surface(texts, labels, rows["unit"].to_numpy(), {}, seed, objects)
+    assert len(fits) == 5

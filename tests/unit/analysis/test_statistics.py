@@ -55,7 +55,7 @@ SMALL = arrays.arrays(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(SMALL, st.integers(0, 2**31))
 def test_mann_whitney_on_any_ties(dense: np.ndarray, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -5,11 +5,10 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-import saexp
 from saexp.analysis import AnalysisInputs
 from saexp.analysis.group_statistics import StatsAnalyzer
 from saexp.config import StatsConfig
-from saexp.errors import ConfigError, DataError
+from saexp.errors import DataError
 from saexp.latents import Latents
 from saexp.results import Result
 from saexp.stats import MIN_N, mean_interval
@@ -135,7 +134,7 @@ def test_types_and_numbers_of_rows_are_no_difference_of_the_groups() -> None:
     """Types 80/20 against 20/80 with an L0 6 higher in one, eight rows a unit against one."""
     rows = table_of({"city": (40, 10), "movie": (10, 40)}, (8, 1))
     city = (rows["entity_type"] == "city").to_numpy()
-    covered, plain, n_runs = 0, 0, 100
+    covered, plain, n_runs = 0, 0, 30
     for seed in range(n_runs):
         rng = np.random.default_rng(seed)
         of_unit = pd.Series(rng.poisson(5, rows["unit"].nunique()), rows["unit"].unique())
@@ -148,7 +147,7 @@ def test_types_and_numbers_of_rows_are_no_difference_of_the_groups() -> None:
             "city is 80% of known and 20% of unknown; l0_difference" in note
             for note in result.notes
         )
-    assert covered >= 0.89 * n_runs, "95 expected; fewer than 89 has probability 0.004"
+    assert covered >= 25, "28.5 expected; fewer than 25 has probability 0.003"
     assert plain == n_runs
 
 
@@ -217,5 +216,3 @@ def test_groups_in_which_all_latents_are_inactive() -> None:
 def test_what_cannot_be_described() -> None:
     with pytest.raises(DataError, match="group 'absent' has no position"):
         stats(groups=("known", "absent"))
-    with pytest.raises(ConfigError, match="no key 'analyzer.bins'; did you mean analyzer.n_bins"):
-        saexp.compose(["analyzer=stats", "+analyzer.bins=3"])

@@ -15,6 +15,7 @@ from saexp.analysis.contrast import ContrastAnalyzer
 from saexp.analysis.contrast_checks import fit_surface, read_texts, token_counts
 from saexp.analysis.probe import Judge, ProbeAnalyzer
 from saexp.config import AnalyzerConfig, ProbeConfig
+from saexp.context import ObjectCache
 from saexp.latents import Latents
 from saexp.results import Result
 from saexp.stats.separation import auroc_difference
@@ -40,6 +41,7 @@ def make_inputs() -> AnalysisInputs:
         acts=torch.randn(len(rows), 4, generator=torch.Generator().manual_seed(0)),
         texts=where["tokens"].tolist(),
         neutral_texts=[tokenized("abcdabcd"), tokenized("ijkl")],
+        objects=ObjectCache(),
     )
 
 
@@ -90,20 +92,20 @@ def test_it_has_the_name_that_it_has_in_a_contrast(result: Result) -> None:
 def test_a_contrast_has_the_same_number_where_there_is_one_type(
     inputs: AnalysisInputs, result: Result
 ) -> None:
-    def both(rows: pd.DataFrame) -> list[float | int | None]:
-        same = replace(inputs, latents=Latents(inputs.latents.csr, rows))
-        cfg = AnalyzerConfig(name="contrast", n_bootstrap=0)
-        results = [probe(same), ContrastAnalyzer(cfg).analyze(same)]
-        return [r.metrics["contrast/surface_auroc_test"] for r in results]
+    name, rows = "contrast/surface_auroc_test", inputs.latents.rows
 
-    rows = inputs.latents.rows
-    of_probe, of_contrast = both(rows.assign(entity_type="one"))
-    assert of_probe == pytest.approx(of_contrast, abs=1e-12)
-    # A contrast compares within types, a probe over all pairs.
+    def of_contrast(rows: pd.DataFrame) -> float | int | None:
+        cfg = AnalyzerConfig(name="contrast", n_bootstrap=0)
+        same = replace(inputs, latents=Latents(inputs.latents.csr, rows))
+        return ContrastAnalyzer(cfg).analyze(same).metrics[name]
+
+    # A probe compares over all pairs, so that types do not matter to it.
+    assert of_contrast(rows.assign(entity_type="one")) == pytest.approx(
+        result.metrics[name], abs=1e-12
+    )
+    # A contrast compares within types.
     assert rows["entity_type"].nunique() > 1
-    of_probe, of_contrast = both(rows)
-    assert of_probe == result.metrics["contrast/surface_auroc_test"]
-    assert of_probe != pytest.approx(of_contrast, abs=1e-4)
+    assert of_contrast(rows) != pytest.approx(result.metrics[name], abs=1e-4)
 
 
 def test_labels_of_the_test_split_do_not_enter_the_fit(

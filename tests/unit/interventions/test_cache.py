@@ -3,6 +3,7 @@
 import hashlib
 import sqlite3
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ def sae() -> SparseAutoencoder:
     )
 
 
+@cache
 def rows() -> list[Row]:
     ids = [tuple(random_lm("llama").tokenizer(t)["input_ids"][:9]) for t in TEXTS]
     steered = [Row(i, (Add(AT, Vector(torch.eye(D_MODEL)[2]), 3.0),), (1,)) for i in ids]
@@ -41,10 +43,15 @@ def run(some: list[Row], cache: ResultCache | None) -> list[list[int]]:
     )
 
 
+@pytest.fixture(scope="module")
+def wanted() -> list[list[int]]:
+    """Without a cache."""
+    return run(rows(), None)
+
+
 def test_the_second_time_nothing_is_generated_and_tokens_are_equal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: list[list[int]]
 ) -> None:
-    wanted = run(rows(), None)
     assert run(rows(), ResultCache(tmp_path, {"model": "a"})) == wanted
 
     def never(*_: object, **__: object) -> None:
@@ -60,7 +67,7 @@ def test_the_second_time_nothing_is_generated_and_tokens_are_equal(
 
 
 def test_what_an_interrupted_run_made_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: list[list[int]]
 ) -> None:
     real, calls = generation._generate_batch, []
 
@@ -77,11 +84,13 @@ def test_what_an_interrupted_run_made_is_kept(
     stored = cache.get([cache.key("tokens 5", row.key) for row in rows()])
     assert 0 < len(stored) < len(rows())
     monkeypatch.setattr(generation, "_generate_batch", real)
-    assert run(rows(), ResultCache(tmp_path, {})) == run(rows(), None)
+    assert run(rows(), ResultCache(tmp_path, {})) == wanted
 
 
 @pytest.mark.parametrize("version", range(1, 3))
-def test_results_of_earlier_versions_are_not_read(tmp_path: Path, version: int) -> None:
+def test_results_of_earlier_versions_are_not_read(
+    tmp_path: Path, version: int, wanted: list[list[int]]
+) -> None:
     """Written as those versions wrote them: their guessed texts could be wrong."""
     some, about = rows(), {"model": "a"}
     prefix = repr((version, sorted(about.items())))
@@ -89,10 +98,12 @@ def test_results_of_earlier_versions_are_not_read(tmp_path: Path, version: int) 
     keys = [hashlib.sha256(f"{prefix}tokens 5{row.key!r}".encode()).digest() for row in some]
     cache = ResultCache(tmp_path, about)
     cache.put([(key, wrong) for key in keys])
-    assert run(some, cache) == run(some, None)
+    assert run(some, cache) == wanted
 
 
-def test_results_without_checksums_are_neither_read_nor_changed(tmp_path: Path) -> None:
+def test_results_without_checksums_are_neither_read_nor_changed(
+    tmp_path: Path, wanted: list[list[int]]
+) -> None:
     """Table `results` of earlier releases."""
     cache = ResultCache(tmp_path, {"model": "a"})
     key = cache.key("tokens 5", rows()[0].key)
@@ -101,6 +112,6 @@ def test_results_without_checksums_are_neither_read_nor_changed(tmp_path: Path) 
         file.execute("create table results (key blob primary key, found blob)")
         file.execute("insert into results values (?, ?)", old)
     assert cache.get([key]) == {}
-    assert run(rows(), cache) == run(rows(), None)
+    assert run(rows(), cache) == wanted
     with closing(sqlite3.connect(tmp_path / "generations.sqlite")) as file:
         assert file.execute("select * from results").fetchall() == [old]

@@ -248,12 +248,26 @@ def formula(
 
 # A norm follows the MLP of gemma2, so a plain hook on it would be at another place than mlp_out.
 @pytest.mark.parametrize(
-    ("architecture", "kind"),
-    [(a, k) for a in ("llama", "gpt2") for k in ("standard", "topk", "transcoder")]
-    + [("gemma2", "standard"), ("gemma2", "topk")],
+    ("name", "kind", "architecture"),
+    [
+        ("steer", "standard", "llama"),
+        ("steer", "topk", "gemma2"),
+        ("steer", "transcoder", "gpt2"),
+        ("clamp", "standard", "gpt2"),
+        ("clamp", "topk", "gemma2"),
+        ("clamp", "transcoder", "llama"),
+        ("scale", "standard", "gemma2"),
+        ("scale", "topk", "llama"),
+        ("scale", "transcoder", "gpt2"),
+        ("ablate", "standard", "gemma2"),
+        ("ablate", "topk", "gpt2"),
+        ("ablate", "transcoder", "llama"),
+        ("project_out", "standard", "gemma2"),
+        ("project_out", "topk", "llama"),
+        ("project_out", "transcoder", "gpt2"),
+    ],
 )
-@pytest.mark.parametrize("name", ["steer", "clamp", "scale", "ablate", "project_out"])
-def test_two_layers_at_once_equal_plain_hooks(architecture: str, kind: str, name: str) -> None:
+def test_two_layers_at_once_equal_plain_hooks(name: str, kind: str, architecture: str) -> None:
     """The second layer's latents are read from the stream as the first layer's edit left it."""
     model, facts = random_lm(architecture), layered(kind)
     latents = {0: [3, 9], 1: [5, 7]}

@@ -1,7 +1,5 @@
 """intervention.size: fewer prompts and controls for large models on a CPU."""
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +10,6 @@ from saexp.config.groups import SMALL
 from saexp.errors import ConfigError
 from saexp.pipeline.intervene import _at_size
 from saexp.registry import build
-from tests import interpreters
 
 
 @pytest.mark.parametrize(("size", "is_small"), [("auto", False), ("full", False), ("small", True)])
@@ -43,19 +40,6 @@ def test_a_typed_number_is_kept_although_it_is_the_default(prefix: str) -> None:
     assert set(changed) == set(SMALL) - {"n_prompts", "control_kinds"}
     with pytest.raises(ConfigError, match="intervention.keep"):
         saexp.compose(["intervention.keep=[outcomes]"])
-
-
-def test_a_command_keeps_what_is_typed(tmp_path: Path) -> None:
-    words = ["intervention.size=small", "intervention.n_prompts=100", "tracker=none"]
-    words += ["dataset.n_examples=20", f"cache_dir={tmp_path}", f"hydra.run.dir={tmp_path / 'run'}"]
-    words += ["intervention.n_controls=0", "analyzer.n_bootstrap=0", "analyzer.scores=false"]
-    done = interpreters.run(["-m", "saexp", *words])
-    assert done.returncode == 0, done.stderr[-2000:]
-    notes = json.loads((tmp_path / "run" / "provenance.json").read_text("utf-8"))["notes"]
-    (note,) = [n for n in notes if n.startswith("intervention.size=small")]
-    assert "n_neutral 5 (not 10)" in note
-    assert "n_prompts" not in note
-    assert "n_controls" not in note
 
 
 def test_a_test_of_a_large_model_on_a_cpu_is_small_by_default() -> None:

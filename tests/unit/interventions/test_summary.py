@@ -1,5 +1,7 @@
 """Effects summed up: means, intervals and tests against scipy and loops; chosen coefficients."""
 
+from functools import cache
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,9 +23,14 @@ KINDS = {"refusal": "rate", "logit": "mean"}
 CONTROLS = {"frequency": 20, "random_norm": 24, "random_kl": 3}
 
 
-def effects(seed: int = 0, n: int = N) -> pd.DataFrame:
+def effects(n: int = N) -> pd.DataFrame:
     """A rate and a number under a baseline, a condition at three coefficients, and controls."""
-    rng = np.random.default_rng(seed)
+    return _effects(n).copy()
+
+
+@cache
+def _effects(n: int) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
     rows = []
     for split in ("test", "train"):
         for i in range(n):
@@ -55,6 +62,11 @@ def effects(seed: int = 0, n: int = N) -> pd.DataFrame:
                     }
                 )
     return pd.DataFrame(rows)
+
+
+@cache
+def _summary() -> pd.DataFrame:
+    return summarise(_effects(N), KINDS, controls=controls_of(_effects(N)))
 
 
 def controls_of(table: pd.DataFrame) -> pd.DataFrame:
@@ -115,7 +127,7 @@ def test_p_values_are_ranks_among_matched_controls_of_each_kind() -> None:
         assert summary_row[f"{outcome}_n_disruption"] == 0
     assert summary_row["logit_p_controls"] == 1 / 20
     assert np.isnan(summary.loc[summary["role"] == "control", "logit_p_controls"]).all()
-    assert "logit_p_prediction" not in summarise(table, KINDS, controls=controls_of(table))
+    assert "logit_p_prediction" not in _summary()
 
 
 def test_controls_that_are_not_matched_give_no_p_value() -> None:
@@ -244,8 +256,12 @@ def test_a_condition_on_prompts_of_two_groups_is_not_compared_with_itself() -> N
     assert chosen_coefficients(pd.concat([rows, other]), "logit", "train") == {"a": 1.0}
 
 
-def summarised(table: pd.DataFrame, chosen: float | None = None) -> pd.DataFrame:
-    summary = summarise(table, KINDS, controls=controls_of(table))
+def summarised(table: pd.DataFrame | None = None, chosen: float | None = None) -> pd.DataFrame:
+    """The summary of `table`, or of `effects`."""
+    if table is None:
+        summary = _summary().copy()
+    else:
+        summary = summarise(table, KINDS, controls=controls_of(table))
     summary["logit_p_controls_holm"] = summary["refusal_p_controls_holm"] = np.nan
     marked = (summary["coefficient"] == chosen) & (summary["role"] != "baseline")
     return summary.assign(chosen=marked & (summary["split"] == "test"))
@@ -272,8 +288,7 @@ def test_metrics_of_a_condition_on_prompts_of_two_groups_are_apart() -> None:
 def test_metrics_are_those_of_the_selected_coefficient(
     chosen: float | None, selected: float
 ) -> None:
-    table = effects()
-    summary = summarised(table, chosen)
+    summary = summarised(chosen=chosen)
     summary.loc[summary["condition"] == "b_group", "logit_p_controls_holm"] = 0.1
     test = summary[summary["split"] == "test"]
     metrics = effect_metrics(test, list(KINDS))
@@ -293,7 +308,7 @@ def test_metrics_are_those_of_the_selected_coefficient(
 
 
 def test_the_curve_has_the_metrics_at_every_coefficient() -> None:
-    summary = summarised(effects(), chosen=1.0)
+    summary = summarised(chosen=1.0)
     curve = effect_curve(summary)
     assert [point["coefficient"] for point in curve] == [0.0, 1.0, 2.0]
     for point in curve:

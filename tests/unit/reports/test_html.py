@@ -54,9 +54,19 @@ def test_no_text_in_a_figure_can_end_its_script() -> None:
     assert "script" in json
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> Path:
-    return write_report(run(tmp_path, notes=("a note & <i>",)))
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("run"), notes=("a note & <i>",))
+
+
+@pytest.fixture(scope="module")
+def page(written: Path) -> Path:
+    return write_report(written)
+
+
+@pytest.fixture(scope="module")
+def figures(written: Path) -> dict[str, Any]:
+    return report_figures(written)
 
 
 def test_the_page_loads_nothing_from_elsewhere(page: Path) -> None:
@@ -130,15 +140,15 @@ def test_the_first_screen_has_a_sentence_per_direction_beside_its_figures(page: 
     assert body.index('class="finding') < order[0] < order[1] < order[2]
 
 
-def test_points_carry_the_numbers_of_the_selected_latents(tmp_path: Path) -> None:
-    figure = report_figures(run(tmp_path))["frequencies"]
+def test_points_carry_the_numbers_of_the_selected_latents(figures: dict[str, Any]) -> None:
+    figure = figures["frequencies"]
     labelled = {t.name: list(t.text) for t in figure.data if t.mode == "markers+text"}
     assert labelled == {"selected for known": ["7", "4"], "selected for unknown": []}
     assert figure.layout.xaxis.ticktext[0] == "0"
 
 
-def test_every_axis_of_every_figure_has_a_title(tmp_path: Path) -> None:
-    for name, figure in report_figures(run(tmp_path)).items():
+def test_every_axis_of_every_figure_has_a_title(figures: dict[str, Any]) -> None:
+    for name, figure in figures.items():
         axes = [*figure.select_xaxes(), *figure.select_yaxes()]
         titles = [a.title.text for a in axes if a.showticklabels is not False]
         assert all(titles), name

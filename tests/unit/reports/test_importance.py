@@ -83,8 +83,10 @@ def test_one_key_is_no_question_and_the_commands_objective_is_taken(tmp_path: Pa
     one = sweep(tmp_path / "a", {(1, 256): 0.5, (2, 256): 0.7})
     assert importance_figure(one)[:2] == (None, [])
     sweep(tmp_path / "b", GRID, objective="effect/refusal/x")
-    _, figures = write_sweep(tmp_path / "b")
-    (bars,) = figures["importance"].data
+    figure, _, _ = importance_figure(cells_table(tmp_path / "b"), "effect/refusal/x")
+    assert figure is not None
+    traces: Any = figure.data
+    (bars,) = traces
     assert bars.name == "effect/refusal/x"
     assert list(bars.x) == pytest.approx([1, 0, 0])
 

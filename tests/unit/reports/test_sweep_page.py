@@ -12,7 +12,7 @@ from saexp.reports.contrast import MATCH_HEAD, match_rows, splits
 from saexp.reports.findings import SURFACE
 from saexp.reports.saved_run import cells_table
 from saexp.reports.sweep import findings, write_sweep
-from saexp.reports.sweep_figures import flow_figures
+from saexp.reports.sweep_figures import flow_figures, importance
 from tests.unit.reports.run_outputs import assert_links_lead_to_reports, page_of
 from tests.unit.reports.written import NASTY, cell, contrast, effect, write_json
 
@@ -175,22 +175,23 @@ def test_the_best_cell_of_a_search_is_on_the_first_screen_and_in_the_table(tmp_p
         metrics = {name: value} | contrast("known", 3, train=0.8, test=0.7)
         cell(tmp_path, number, *cells[-1], metrics=metrics, effects=rows, objective=name)
     for direction, largest, best, words in (
-        ("maximize", "largest", 2, "0.800 at layer 1, coefficient 3"),
         ("minimize", "smallest", 1, "0.200 at layer 2, coefficient 2"),
+        ("maximize", "largest", 2, "0.800 at layer 1, coefficient 3"),
     ):
         plan = {"cells": cells, "search": {"objective": name, "direction": direction}}
         write_json(tmp_path / "plan.json", plan)
-        table, figures = write_sweep(tmp_path)
+        table = cells_table(tmp_path)
         sentence = (
             f"Of 3 cells of the search, cell {best} has the {largest} {name}: {words}. The cell "
             "was chosen by this value, so it is optimistic."
         )
         assert findings(table, tmp_path)[0] == sentence
-        body = page_of(tmp_path)
-        assert body.index(f"<p>{sentence}</p>") < body.index("<h2>Cells</h2>")
-        assert body.count("<td>finished, best</td>") == 1
-        assert f"objective: {name}" in body
-        assert table.loc[table["is_best"], "cell"].tolist() == [best]
+    table, figures = write_sweep(tmp_path)
+    assert table.loc[table["is_best"], "cell"].tolist() == [best]
+    body = page_of(tmp_path)
+    assert body.index(f"<p>{sentence}</p>") < body.index("<h2>Cells</h2>")
+    assert body.count("<td>finished, best</td>") == 1
+    assert f"objective: {name}" in body
     lines = [trace.name for trace in figures["over_coefficient"].data if trace.showlegend]
     assert lines == ["layer 1", "layer 2", "layer 3"]
 
@@ -214,22 +215,23 @@ def test_the_table_of_cells_has_outcomes_controls_and_p_values(tmp_path: Path) -
 SIGNS = "dataset.text='%d a&b#c?<i>'"
 
 
-@pytest.fixture
-def sweep(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cell in each state, with markup in what was typed and in what was said."""
+    folder = tmp_path_factory.mktemp("sweep")
     write_json(
-        tmp_path / "plan.json",
+        folder / "plan.json",
         {
             "command": f"python -m saexp {NASTY}",
             "cells": [["layer=0", SIGNS], ["layer=9"], ["layer=2"], ["layer=0"]],
         },
     )
     metrics = contrast("known", 1234, train=0.9, test=0.8) | {"contrast/n_significant": 3}
-    cell(tmp_path, 0, "layer=0", SIGNS, metrics=metrics)
-    cell(tmp_path, 1, "layer=9", error=f"DataError: the text '{NASTY}' is none\n")
-    cell(tmp_path, 2, "layer=2")
-    write_sweep(tmp_path)
-    return tmp_path
+    cell(folder, 0, "layer=0", SIGNS, metrics=metrics)
+    cell(folder, 1, "layer=9", error=f"DataError: the text '{NASTY}' is none\n")
+    cell(folder, 2, "layer=2")
+    write_sweep(folder)
+    return folder
 
 
 def test_text_of_errors_and_commands_is_never_markup(sweep: Path) -> None:
@@ -328,6 +330,19 @@ def test_a_dashboard_cell_is_linked_to_its_own_page(tmp_path: Path) -> None:
     (cell_folder / "report.html").rename(cell_folder / "dashboard.html")
     write_sweep(tmp_path)
     assert f'<a href="{cell_folder.name}/dashboard.html">' in unquote(page_of(tmp_path))
+
+
+def test_saes_without_a_width_are_compared_with_those_that_have_one(tmp_path: Path) -> None:
+    for number, width in enumerate((256, 512, None)):
+        rows = effect("known", 0, 0.3) + effect("known", 1, 0.4 + number / 5, chosen=True)
+        metrics = contrast("known", 3, train=0.9, test=0.7 + number / 10)
+        cell(tmp_path, number, f"sae={number}", metrics=metrics, effects=rows, width=width)
+    table, figures = write_sweep(tmp_path)
+    assert len(figures["over_coefficient"].data) == 3
+    sentence = findings(table, tmp_path)[-1]
+    assert "refusal from 0.30 to 0.80 [0.70, 0.90] (n = 40) at sae 2, coefficient 1" in sentence
+    # The width changes with the SAE: one key, of whose importance nothing is to be said.
+    assert importance(table, "contrast/best_auroc_known_test").note is None
 
 
 def test_cells_without_a_point_say_why(tmp_path: Path) -> None:

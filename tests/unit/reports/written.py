@@ -1,6 +1,9 @@
 """Folders as runs and sweeps leave them, written by hand, so that every number is known."""
 
+import io
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +132,11 @@ N_CONTROLS = 49
 
 def latents() -> pd.DataFrame:
     """Two selected latents for `known` (rank 2 stands first), one selected for none."""
+    return _latents().copy()
+
+
+@cache
+def _latents() -> pd.DataFrame:
     table = pd.DataFrame({"latent": [4, 7, 30], "layer": 2, "rank": [2, 1, 0]})
     table["selected"], table["direction"] = [True, True, False], ["known", "known", "unknown"]
     table["auroc_test"], table["min_auroc_test"] = [0.8, 0.9, 0.5], [0.7, 0.85, 0.5]
@@ -147,6 +155,11 @@ def latents() -> pd.DataFrame:
 
 def summary() -> pd.DataFrame:
     """`known_group` on unknown prompts, test split; 0.6 was chosen on train prompts."""
+    return _summary().copy()
+
+
+@cache
+def _summary() -> pd.DataFrame:
     keys = ["condition", "role", "of", "direction", "latent", "group", "coefficient", "refusal"]
     selected = ["known_group", "group", "", "known", "7+4", "unknown"]
     single = ["known_7", "single", "", "known", "7", "unknown"]
@@ -203,6 +216,22 @@ def effects(texts: dict[str, str]) -> pd.DataFrame:
     )
 
 
+def _rows() -> pd.DataFrame:
+    return pd.DataFrame({"entity": ["Ada", None], "text": ["about Ada", "none"]})
+
+
+def _effects() -> pd.DataFrame:
+    return effects({"known_group": f"steered {NASTY}", "control_0": "first control"})
+
+
+@cache
+def _parquet_of(table: Callable[[], pd.DataFrame]) -> bytes:
+    """What the table's file holds, written once for the folders of all tests."""
+    file = io.BytesIO()
+    table().to_parquet(file, index=False)
+    return file.getvalue()
+
+
 def run(folder: Path, *, causal: bool = True, notes: tuple[str, ...] = ()) -> Path:
     """A finished run's folder with everything that reports read."""
     config = {
@@ -227,12 +256,9 @@ def run(folder: Path, *, causal: bool = True, notes: tuple[str, ...] = ()) -> Pa
     about["machine"] = {"system": "Linux", "cores": 2, "device": "cpu"}
     about["store"] = {"key": "17e1"}
     write_json(folder / "provenance.json", about)
-    latents().to_parquet(folder / "latents.parquet", index=False)
-    rows = pd.DataFrame({"entity": ["Ada", None], "text": ["about Ada", "none"]})
-    rows.to_parquet(folder / "rows.parquet", index=False)
+    tables: dict[str, Callable[[], pd.DataFrame]] = {"latents": latents, "rows": _rows}
     if causal:
-        summary().to_parquet(folder / "effects_summary.parquet", index=False)
-        controls().to_parquet(folder / "controls.parquet", index=False)
-        texts = {"known_group": f"steered {NASTY}", "control_0": "first control"}
-        effects(texts).to_parquet(folder / "effects.parquet", index=False)
+        tables |= {"effects_summary": summary, "controls": controls, "effects": _effects}
+    for name, table in tables.items():
+        (folder / f"{name}.parquet").write_bytes(_parquet_of(table))
     return folder

@@ -37,12 +37,8 @@ def released(**options: Any) -> SAEConfig:
 @pytest.mark.parametrize(
     ("words", "release", "sae_id"),
     [
-        ("model=gemma2b sae=gemmascope layer=12", "2b-pt-res", "layer_12/width_16k"),
-        ("model=gemma2b sae=gemmascope layer=12 width=65k", "2b-pt-res", "layer_12/width_65k"),
         ("model=gemma2b sae=gemmascope layer=12 width=65536", "2b-pt-res", "layer_12/width_65k"),
         ("model=gemma9b sae=gemmascope layer=41", "9b-pt-res", "layer_41/width_16k"),
-        ("model=gemma9b_it sae=gemmascope layer=20", "9b-it-res", "layer_20/width_16k"),
-        ("model=gemma9b_it sae=gemmascope layer=9 width=131k", "9b-it-res", "layer_9/width_131k"),
         ("model=gemma9b_it sae=gemmascope layer=9 width=128k", "9b-it-res", "layer_9/width_131k"),
     ],
 )

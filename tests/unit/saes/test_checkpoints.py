@@ -37,7 +37,7 @@ def reader(step: int) -> Iterator[Tensor]:
 
 
 def training(folder: Path, name: str = "batchtopk", **changed: Any) -> Training:
-    options = {"n_samples": 60 * BATCH, "checkpoint_every": 20, "log_every": 5, **changed}
+    options = {"n_samples": 9 * BATCH, "checkpoint_every": 3, "log_every": 2, **changed}
     cfg = SAETrainerConfig(name=name, options=OPTIONS[name], batch_size=BATCH, **options)
     return Training(cfg, D_SAE, SOURCE, folder, torch.device("cpu"))
 
@@ -55,14 +55,14 @@ def finish(one: Training) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any, Any]]:
-    """Name -> (folder as a kill at step 55 leaves it, the undisturbed weights and records)."""
+    """Name -> (folder as a kill at step 8 leaves it, the undisturbed weights and records)."""
     known: dict[str, tuple[Path, Any, Any]] = {}
 
     def of(name: str) -> tuple[Path, Any, Any]:
         if name not in known:
             folder = tmp_path_factory.mktemp(name) / "key"
             for record in train_alone(training(folder, name), reader):
-                if record["train/step"] == 55:
+                if record["train/step"] == 8:
                     break
             whole = training(tmp_path_factory.mktemp(name) / "key", name)
             known[name] = folder, finish(whole), whole.records
@@ -136,18 +136,18 @@ def test_it_goes_on_from_the_newest_intact_checkpoint(stopped, tmp_path, caplog,
     folder, weights, records = stopped(name)
     shutil.copytree(folder, tmp_path / "key")
     steps = sorted((tmp_path / "key").glob("step_*"), reverse=True)
-    assert [p.name for p in steps] == ["step_000000040", "step_000000020"], "two are kept"
+    assert [p.name for p in steps] == ["step_000000006", "step_000000003"], "two are kept"
     for path in steps[:n_damaged]:
         flip(path / "weights.safetensors")
     with caplog.at_level(logging.INFO):
         assert_same(training(tmp_path / "key", name), weights, records)
-    then = ("", "continuing from step 20", "starting from the beginning")[n_damaged]
+    then = ("", "continuing from step 3", "starting from the beginning")[n_damaged]
     assert [m for m in caplog.messages if "damaged" in m] == [
         f"checkpoint {p} is damaged (weights.safetensors was changed since it was written); {then}"
         for p in steps[:n_damaged]
     ]
     left = sorted(p.name for p in (tmp_path / "key").iterdir())
-    assert left == ["step_000000040", "step_000000060"]
+    assert left == ["step_000000006", "step_000000009"]
 
 
 @pytest.mark.parametrize(
@@ -161,17 +161,17 @@ def test_it_goes_on_from_the_newest_intact_checkpoint(stopped, tmp_path, caplog,
 def test_any_damage_is_one_warning_and_the_same_weights(stopped, tmp_path, caplog, file, damage):
     folder, weights, records = stopped("batchtopk")
     shutil.copytree(folder, tmp_path / "key")
-    DAMAGES[damage](tmp_path / "key" / "step_000000040" / file)
+    DAMAGES[damage](tmp_path / "key" / "step_000000006" / file)
     assert_same(restarted(tmp_path / "key"), weights, records)
     (warning,) = (r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING)
-    assert f"step_000000040 is damaged ({file}" in warning or damage == "flipped"
-    assert warning.endswith("; continuing from step 20")
+    assert f"step_000000006 is damaged ({file}" in warning or damage == "flipped"
+    assert warning.endswith("; continuing from step 3")
 
 
 FORGED: dict[str, tuple[str, Callable[[Path], None]]] = {
     "state: step": ("state.json", with_state(step=-1)),
-    "state: text as step": ("state.json", with_state(step="40")),
-    "state: step of another": ("state.json", with_state(step=60)),
+    "state: text as step": ("state.json", with_state(step="6")),
+    "state: step of another": ("state.json", with_state(step=9)),
     "state: records": ("state.json", with_state(records={"a": 1})),
     "state: NaN": ("state.json", with_state(records=[{"train/step": float("nan")}])),
     "state: another training": ("state.json", with_state(training="other")),
@@ -226,19 +226,19 @@ def test_what_has_a_checksum_and_not_the_trainings_values_is_not_used(
     monkeypatch.chdir(tmp_path)
     folder, weights, records = stopped("batchtopk")
     shutil.copytree(folder, tmp_path / "key")
-    rewritten(tmp_path / "key" / "step_000000040", *FORGED[forged])
+    rewritten(tmp_path / "key" / "step_000000006", *FORGED[forged])
     assert_same(restarted(tmp_path / "key"), weights, records)
     (warning,) = (r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING)
-    assert "step_000000040 is damaged (" in warning
+    assert "step_000000006 is damaged (" in warning
     assert "\n" not in warning
-    assert warning.endswith("; continuing from step 20")
+    assert warning.endswith("; continuing from step 3")
     assert not (tmp_path / "payload-ran").exists(), "a checkpoint ran code"
 
 
 def test_a_file_without_checksum_is_damage(stopped, tmp_path, caplog):
     folder, weights, records = stopped("batchtopk")
     shutil.copytree(folder, tmp_path / "key")
-    (tmp_path / "key" / "step_000000040" / "activation_scaler_whitening.safetensors").touch()
+    (tmp_path / "key" / "step_000000006" / "activation_scaler_whitening.safetensors").touch()
     assert_same(restarted(tmp_path / "key"), weights, records)
     assert "not in checksums.json" in caplog.text
 
@@ -268,4 +268,4 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing_else(stopped, tmp_pat
     one = training(tmp_path / "key")
     assert_same(one, weights, records)
     (warning,) = (r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING)
-    assert warning.startswith("checkpoint at step 20 could not be written (cannot write ")
+    assert warning.startswith("checkpoint at step 3 could not be written (cannot write ")

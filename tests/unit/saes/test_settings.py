@@ -141,7 +141,7 @@ ANY = st.recursive(
 
 
 @pytest.mark.parametrize("form", [name for name, about in FORMATS.items() if about[3]])
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_settings_are_read_or_refused_in_one_line(
     form: str, data: st.DataObject, tmp_path: Path

@@ -62,10 +62,10 @@ def test_of_equal_activations_the_first_are_kept() -> None:
 def test_it_is_trained_as_sae_lens_trains_its_own(
     lens: ModuleType, options: dict[str, Any]
 ) -> None:
-    """Losses, weights and the threshold after 30 steps of Adam; latents die on the way."""
+    """Losses, weights and the threshold after 15 steps of Adam; latents die on the way."""
     ours, batches = (
         make_training_sae(**options),
-        [b + 0.1 * i for i, b in enumerate(points(30, 16, D_IN))],
+        [b + 0.1 * i for i, b in enumerate(points(15, 16, D_IN))],
     )
     theirs = lens.BatchTopKTrainingSAE(ours.cfg)
     theirs.load_state_dict(ours.state_dict())

@@ -4,7 +4,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,21 +17,28 @@ from saexp.models import Hookpoint
 from saexp.saes.training import Training, TrainingSource, summary
 from saexp.saes.training_pass import N_TIMED_STEPS, ReaderBatches, train_together
 
-D_IN, BATCH, N_STEPS = 8, 16, 60
+D_IN, BATCH, N_STEPS = 8, 16, 30
 AT = Hookpoint(0, "resid_post")
-SECONDS = 0.01
-"""Least duration of a step."""
+SECONDS = 0.002
+"""Least duration of a step of `slow`."""
+REFILL = 0.05
+"""Seconds per step that refills take."""
 
 
 def reader(step: int) -> Iterator[Tensor]:
     while True:
-        time.sleep(SECONDS)
         yield torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(step))
         step += 1
 
 
+def slow(step: int) -> Iterator[Tensor]:
+    for batch in reader(step):
+        time.sleep(SECONDS)
+        yield batch
+
+
 class LateRefill(ReaderBatches):
-    """Its refills take as long as the steps, which is known after 5 more than the timed ones."""
+    """The time of its refills is known after 5 steps more than the timed ones."""
 
     n = 0
 
@@ -41,7 +48,7 @@ class LateRefill(ReaderBatches):
 
     @property
     def seconds_per_step(self) -> float | None:
-        return SECONDS if self.n >= N_TIMED_STEPS + 6 else None
+        return REFILL if self.n >= N_TIMED_STEPS + 6 else None
 
 
 def training(folder: Path, k: int = 4) -> Training:
@@ -50,14 +57,16 @@ def training(folder: Path, k: int = 4) -> Training:
         options={"k": k},
         batch_size=BATCH,
         n_samples=N_STEPS * BATCH,
-        checkpoint_every=20,
+        checkpoint_every=10,
         log_every=5,
     )
     return Training(cfg, 32, TrainingSource("random", AT, D_IN, 16), folder, torch.device("cpu"))
 
 
-def batches(kind: type[ReaderBatches] = ReaderBatches) -> ReaderBatches:
-    return kind({(AT,): reader}, batch_size=BATCH, n_rows={(AT,): 100})
+def batches(
+    kind: type[ReaderBatches] = ReaderBatches, read: Callable[[int], Iterator[Tensor]] = reader
+) -> ReaderBatches:
+    return kind({(AT,): read}, batch_size=BATCH, n_rows={(AT,): 100})
 
 
 def stopped(folder: Path, at: int) -> None:
@@ -80,13 +89,13 @@ def every_step(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 def test_a_continued_training_reports_the_rate_of_its_own_steps(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stopped(tmp_path / "key", 45)
+    stopped(tmp_path / "key", 25)
     caplog.clear()
     one = training(tmp_path / "key")
-    assert one.resume() == 40
-    records = [record for _, record in train_together([one], batches())]
+    assert one.resume() == 20
+    records = [record for _, record in train_together([one], batches(read=slow))]
     lines = [m for m in caplog.messages if m.startswith("training: ")]
-    assert lines[0].startswith("training: 41 of 60, ")
+    assert lines[0].startswith("training: 21 of 30, ")
     rates = [float(re.search(r"([\d.]+) step/s", line)[1]) for line in lines]  # pyright: ignore
     assert 0 < max(rates) <= 1 / SECONDS
     left = [int(re.search(r"(\d+) s left", line)[1]) for line in lines]  # pyright: ignore
@@ -103,7 +112,7 @@ def test_the_estimate_waits_for_the_first_refill_and_counts_it(
     remaining = N_STEPS - N_TIMED_STEPS - 6
     assert f"for the remaining {remaining} steps of {BATCH} activation vectors" in estimate
     rate = int(re.search(r"\((\d+) a second\)", estimate)[1])  # pyright: ignore
-    assert 0 < rate <= BATCH / (2 * SECONDS)
+    assert 0 < rate <= BATCH / REFILL
 
 
 @pytest.mark.usefixtures("every_step")
@@ -114,17 +123,17 @@ def test_data_that_are_read_again_are_no_progress(
 
     class Older(ReaderBatches):
         def seek(self, step: int, streams: object) -> int:  # noqa: ARG002
-            return super().seek(step - 20, [(AT,)])
+            return super().seek(step - 10, [(AT,)])
 
-    stopped(tmp_path / "key", 45)
+    stopped(tmp_path / "key", 25)
     whole, again = training(tmp_path / "other"), training(tmp_path / "key")
     list(train_together([whole], batches()))
     caplog.clear()
     again.resume()
     list(train_together([again], batches(Older)))
     lines = [m for m in caplog.messages if m.startswith("training: ")]
-    assert lines[0].startswith("training: 41 of 60, ")
-    assert len(lines) == 20
+    assert lines[0].startswith("training: 21 of 30, ")
+    assert len(lines) == 10
     for name, weights in whole.sae.state_dict().items():
         assert torch.equal(weights, again.sae.state_dict()[name]), name
 
@@ -137,13 +146,13 @@ def test_the_progress_line_shows_epochs_loss_explained_variance_and_l0(
     records = list(train_together(pair, batches()))
     last = [record for _, record in records[-2:]]
     assert [r["train/tokens"] for r in last] == [N_STEPS * BATCH] * 2
-    # 960 vectors of 100.
-    assert [r["train/epoch"] for r in last] == [9.6] * 2
-    assert pair[0].records[-1]["train/epoch"] == 9.6
+    # 480 vectors of 100.
+    assert [r["train/epoch"] for r in last] == [4.8] * 2
+    assert pair[0].records[-1]["train/epoch"] == 4.8
     line = [m for m in caplog.messages if m.startswith("training: ")][-1]
     assert line.endswith(summary([t.records[-1] for t in pair]))
     losses = sorted(r["train/overall_loss"] for r in last)
-    assert f"epoch 9.60, loss {losses[0]:.3g} to {losses[1]:.3g}, explained variance " in line
+    assert f"epoch 4.80, loss {losses[0]:.3g} to {losses[1]:.3g}, explained variance " in line
     assert line.endswith(", L0 4.0 to 8.0")
 
 

@@ -58,12 +58,12 @@ def test_gradients_are_those_of_finite_differences(subtracts: bool, listed: list
 def test_it_is_trained_as_sae_lens_trains_its_own(
     lens: ModuleType, name: str, options: dict[str, Any]
 ) -> None:
-    """Losses, activations and weights in 30 steps of Adam; latents die on the way."""
+    """Losses, activations and weights in 15 steps of Adam; latents die on the way."""
     from sae_lens.registry import get_sae_training_class
 
     ours, batches = (
         training_class(name, **options),
-        [b + 0.1 * i for i, b in enumerate(points(30, 16, D_IN))],
+        [b + 0.1 * i for i, b in enumerate(points(15, 16, D_IN))],
     )
     theirs = get_sae_training_class(name)[0](ours.cfg)
     theirs.load_state_dict(ours.state_dict())

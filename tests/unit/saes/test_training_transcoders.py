@@ -71,13 +71,13 @@ def optimised(lens: ModuleType, model: Any, batches: list[Tensor]) -> list[float
 def test_from_a_stream_to_itself_it_is_trained_as_sae_lens_trains_an_sae(
     lens: ModuleType, name: str
 ) -> None:
-    """Each has the losses and, after 30 steps of Adam, the weights of sae-lens' class."""
+    """Each has the losses and, after 15 steps of Adam, the weights of sae-lens' class."""
     ours = make_training_sae(name, d_out=D_IN)
     cls, config = lens.registry.get_sae_training_class(name.removesuffix("_transcoder"))
     fields = {k: v for k, v in vars(ours.cfg).items() if k not in ("d_out", "skip")}
     theirs = cls(config(**fields))
     theirs.load_state_dict(ours.state_dict())
-    batches = [b + 0.1 * i for i, b in enumerate(points(30, 16, D_IN))]
+    batches = [b + 0.1 * i for i, b in enumerate(points(15, 16, D_IN))]
     expected = optimised(lens, theirs, batches)
     losses = optimised(lens, ours, [torch.cat([b, b], -1) for b in batches])
     assert losses == pytest.approx(expected, rel=1e-6)
