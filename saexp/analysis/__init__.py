@@ -365,15 +365,14 @@ def unequal_types(units: pd.DataFrame, groups: tuple[str, str], consequence: str
     `consequence` ends the note and says which numbers this affects.
     """
     first, second = groups
-    of_unit, types = pd.factorize(units["entity_type"].fillna(""), sort=True)
-    in_group = [units["group"].isin([g]).to_numpy() for g in groups]
-    counts = np.stack([np.bincount(of_unit[g], minlength=len(types)) for g in in_group], axis=1)
-    shared = np.flatnonzero((counts > 0).all(axis=1))
-    types, counts = types[shared], counts[shared]
-    if len(types) < 2:
+    types = units["entity_type"].fillna("")
+    table = pd.crosstab(types, units["group"]).reindex(columns=list(groups), fill_value=0)
+    table = table[(table > 0).all(axis=1)]
+    if len(table) < 2:
         return []
     from scipy import stats
 
+    counts = table.to_numpy()
     fractions = counts / counts.sum(axis=0)
     differences = np.abs(fractions[:, 0] - fractions[:, 1])
     p_value = float(stats.chi2_contingency(counts).pvalue)  # pyright: ignore[reportAttributeAccessIssue]
@@ -382,7 +381,7 @@ def unequal_types(units: pd.DataFrame, groups: tuple[str, str], consequence: str
     largest = int(differences.argmax())
     return [
         f"entity types differ between the groups (p = {p_value:.2g}): "
-        f"{types[largest] or 'no type'} is {fractions[largest, 0]:.0%} of {first} and "
+        f"{table.index[largest] or 'no type'} is {fractions[largest, 0]:.0%} of {first} and "
         f"{fractions[largest, 1]:.0%} of {second}; {consequence}"
     ]
 

@@ -19,7 +19,6 @@ from saexp.data.tokenization import TokenizedText
 from saexp.digests import digest_of
 from saexp.errors import counted
 from saexp.results import Result, is_above_chance, p_value_words
-from saexp.stats import limited
 from saexp.stats.separation import stratified_rank_test, stratum_weights
 from saexp.stats.significance import claim_fraction, detectable_auroc
 
@@ -123,7 +122,7 @@ def fit_surface(
     same rows: no latent is read, so that the cells of a sweep over layers have the same baseline.
     Raises DataError where a group has too few units for cross-validation.
     """
-    from saexp.stats.separation import fit_logistic, folds
+    from saexp.stats.separation import fit_logistic, folds, limited
 
     rows = list(zip(map(astuple, read), first.tolist(), map(str, units), strict=True))
     key = digest_of("surface baseline", rows, sorted(counts.items()), seed)

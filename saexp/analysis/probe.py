@@ -30,15 +30,13 @@ from saexp.analysis.classifiers import (
 from saexp.config import ProbeConfig
 from saexp.errors import ConfigError, DataError, counted
 from saexp.results import Result, at_chance_words
-from saexp.stats import (
-    Interval,
-    auroc_interval,
-    auroc_p_value,
+from saexp.stats import Interval, auroc_interval, auroc_p_value, separation_interval, wilson
+from saexp.stats.separation import (
+    Auroc,
+    difference_of_aurocs,
     limited,
-    separation_interval,
-    wilson,
+    placements,
 )
-from saexp.stats.separation import Auroc, difference_of_aurocs, placements
 from saexp.stats.significance import difference_p_value, holm
 
 _TYPES = (

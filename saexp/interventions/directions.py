@@ -17,7 +17,6 @@ from saexp.config import InterventionConfig
 from saexp.errors import InterventionError
 from saexp.models import Hookpoint
 from saexp.saes import SparseAutoencoder
-from saexp.stats import limited
 from saexp.stats.significance import random_directions
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ class LatentStatistics:
 
         Raises DataError where a group has too few entities to cross-validate.
         """
-        from saexp.stats.separation import MAX_TRAIN, STRENGTHS, fit_logistic, folds
+        from saexp.stats.separation import MAX_TRAIN, STRENGTHS, fit_logistic, folds, limited
 
         rows = self._rows
         # Rows of a third group, or of no group, would count as the second group.

@@ -407,10 +407,3 @@ def _auroc_error(
         ratio = np.where(assumed(observed) > 0, variance / assumed(observed), 1.0)
     scale = np.maximum(ratio, 1.0)
     return lambda t: np.sqrt(scale * assumed(t))
-
-
-def limited(rows: Int[np.ndarray, " n"], most: int, seed: int) -> Int[np.ndarray, " m"]:
-    """`rows`, or a random sample of `most` of them, in order, where there are more."""
-    if len(rows) <= most:
-        return rows
-    return np.sort(np.random.default_rng([seed, 23]).choice(rows, most, replace=False))

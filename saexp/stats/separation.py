@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy import sparse, special, stats
 
 from saexp.errors import DataError
@@ -384,38 +384,18 @@ def folds(first: Bool[np.ndarray, " n"], units: Shaped[np.ndarray, " n"], seed: 
 
     Raises DataError where even two folds would not have both groups on both sides.
     """
-    names, unit = np.unique(units, return_inverse=True)
-    counts = np.stack([np.bincount(unit, g, len(names)) for g in (~first, first)], axis=1)
-    fewest = int((counts > 0).sum(0).min())
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    fewest = min(len(np.unique(units[first == g])) for g in (True, False))
     for n in range(min(N_FOLDS, fewest), 1, -1):
-        fold = _fold_of_units(counts, n, seed)[unit]
-        pairs = [(np.flatnonzero(fold != i), np.flatnonzero(fold == i)) for i in range(n)]
+        splitter = StratifiedGroupKFold(n, shuffle=True, random_state=seed)
+        pairs = list(splitter.split(np.zeros(len(first)), first, units))
         if all(len(np.unique(first[i])) == 2 for pair in pairs for i in pair):
             return pairs
     raise DataError(
         "too few units to cross-validate a probe: the smaller group has "
         f"{fewest} on the train split; add rows, or change dataset.split"
     )
-
-
-def _fold_of_units(counts: Float[np.ndarray, "n 2"], n_folds: int, seed: int) -> np.ndarray:
-    """`[n]` Folds of units with `counts` rows of each group, as of a shuffled StratifiedGroupKFold
-    of scikit-learn, which takes five times as long."""
-    order = np.random.RandomState(seed).permutation(len(counts))
-    order = order[np.argsort(-counts[order].std(1), kind="stable")]
-    n_rows, in_fold, one_fold = counts.sum(0), np.zeros((n_folds, 2)), np.eye(n_folds)[:, :, None]
-    fold = np.empty(len(counts), dtype=int)
-    for unit in order:
-        after = in_fold + one_fold * counts[unit]
-        unevenness = (after / n_rows).std(1).mean(1).tolist()
-        best = 0
-        for i, value in enumerate(unevenness):
-            equal = abs(value - unevenness[best]) <= 1e-8 + 1e-5 * unevenness[best]
-            if value < unevenness[best] or (equal and in_fold[i].sum() < in_fold[best].sum()):
-                best = i
-        fold[unit] = best
-        in_fold[best] += counts[unit]
-    return fold
 
 
 def fit_logistic(
@@ -438,6 +418,7 @@ def fit_logistic(
         warnings.simplefilter("always", ConvergenceWarning)
         c, loss, auroc = _cross_validated(x, first, sorted(strengths), pairs, standardise)
         best: Any = make_pipeline(_scaler(standardise), _regression(c)).fit(x, first)
+    warned = any(issubclass(w.category, ConvergenceWarning) for w in caught)
     weights = best[-1].coef_[0]
     return Fitted(
         score=best.decision_function,
@@ -446,7 +427,7 @@ def fit_logistic(
         c=float(c),
         cv_log_loss=loss,
         cv_auroc=auroc,
-        converged=not any(issubclass(w.category, ConvergenceWarning) for w in caught),
+        converged=not warned,
     )
 
 
@@ -500,3 +481,10 @@ def _regression(c: float) -> Any:
     from sklearn.linear_model import LogisticRegression
 
     return LogisticRegression(C=c, max_iter=MAX_ITERATIONS)
+
+
+def limited(rows: Int[np.ndarray, " n"], most: int, seed: int) -> Int[np.ndarray, " m"]:
+    """`rows`, or a random sample of `most` of them, in order, where there are more."""
+    if len(rows) <= most:
+        return rows
+    return np.sort(np.random.default_rng([seed, 23]).choice(rows, most, replace=False))
