@@ -101,11 +101,17 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def close_log_files() -> Iterator[None]:
-    """Close the log of a command that ran in this process; a record of the next one reopens it."""
+def remove_log_handlers() -> Iterator[None]:
+    """Remove what a command that ran in this process added for its log and the console.
+
+    The console's would go on writing to what was captured of its test, and that is closed.
+    """
     yield
     root = logging.getLogger()
     for handler in root.handlers[:]:
-        if isinstance(handler, logging.FileHandler) and handler.baseFilename.endswith("saexp.log"):
+        is_log = isinstance(handler, logging.FileHandler)
+        if (is_log and handler.baseFilename.endswith("saexp.log")) or (
+            type(handler) is logging.StreamHandler
+        ):
             root.removeHandler(handler)
             handler.close()
