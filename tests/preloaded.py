@@ -36,8 +36,9 @@ cheap_composition.install()
 unsynced.install()
 # Hydra's plugins, configs of common commands, what plotly imports with a figure, and templates of
 # pages.
-for words in ([], ["intervention=none"], ["task=collect"], ["tracker=none"]):
+for words in ([], ["intervention=none"], ["task=collect"], ["task=label"]):
     saexp.compose(words)
+    saexp.compose([*words, "tracker=none"])
 chart = Chart.with_panels(1, 1, ["t"])
 for trace in (scatter(x=pd.Series([0.5])), bar(y=pd.Series([0.5]))):
     chart.add_trace(trace)
