@@ -62,7 +62,7 @@ def with_list(swept: CommandResult, folder: Path) -> dict[str, Any]:  # noqa: AR
 def test_every_cell_is_a_run_with_a_name_of_its_own_in_one_group(
     swept: CommandResult, runs: list[dict[str, Any]]
 ) -> None:
-    # A name has what is swept, also the coefficient: see unit/test_tracking.py.
+    # A name has what is swept, also the coefficient: see unit/test_run_names.py.
     names = {f"tiny · layer {n} · width {w}" for n, w, _ in GRID}
     assert {run["name"] for run in runs} == names
     assert len(runs) == len({run["id"] for run in runs}) == len(GRID)

@@ -39,6 +39,7 @@ ENTITIES = [
 
 def query(entity, attribute, n_correct, n=10, **more):
     right = "Some Director" if attribute == "directors" else "1994"
+    wrong = ["error"] * (n - n_correct - 1) + ["refusal"] * (n > n_correct)
     return {
         "entity": entity,
         "entity_type": "movie",
@@ -49,9 +50,7 @@ def query(entity, attribute, n_correct, n=10, **more):
         "greedy_completion": right,
         "sampled_completions": [right] * n_correct + ["no"] * (n - n_correct),
         "string_matching_greedy_label": "correct",
-        "string_matching_sampled_labels": ["correct"] * n_correct
-        + ["error"] * (n - n_correct - 1)
-        + ["refusal"] * (n > n_correct),
+        "string_matching_sampled_labels": ["correct"] * n_correct + wrong,
         "label": "correct",
         **more,
     }
@@ -489,9 +488,8 @@ def test_queries_name_every_attribute_and_refuse_other_types():
         text = sparql(kind, 10, 20)
         assert all(f'(wdt:{p} "{a}")' in text for a, p in properties.items())
         assert text.count("{") == text.count("}")
-    assert message_of(lambda: sparql("river", 1, 1), ConfigError) == (
-        "dataset.fetch=river: choose from player, movie, city, song"
-    )
+    message = "dataset.fetch=river: choose from player, movie, city, song"
+    assert message_of(lambda: sparql("river", 1, 1), ConfigError) == message
     assert to_entities(ANSWER, "movie", "here")[0] == EXPECTED
 
 
