@@ -104,10 +104,6 @@ _CHOICES = re.compile(
 """Settings whose values are names that reports look up, so that they are stored as they are."""
 
 
-_REFERENCE = re.compile(r"\$\{[\w.]+\}")
-"""An interpolation that is the value of another setting."""
-
-
 @dataclass
 class TypedValues:
     """What was typed for the values of the configs that this process composed."""
@@ -126,11 +122,8 @@ handlers, error lines, and the exception hooks of other packages."""
 
 def remember(cfg: DictConfig) -> None:
     """Record which text values of a config depend on the environment, however indirectly."""
-    content = OmegaConf.to_container(cfg, resolve=False)
-    # Most configs contain no resolver: then there is nothing to record, unless to replace a record.
-    if _TYPED.settings or any("${" in _REFERENCE.sub("", text) for text in _texts_in(content)):
-        with _recording() as read:
-            _remember(cfg, content, "", read)
+    with _recording() as read:
+        _remember(cfg, OmegaConf.to_container(cfg, resolve=False), "", read)
 
 
 def known() -> TypedValues:

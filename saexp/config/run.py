@@ -413,7 +413,10 @@ def to_run_config(cfg: DictConfig, *, quiet: bool = False, words: Sequence[str] 
     typed = OmegaConf.structured(RunConfig, flags={"no_deepcopy_set_nodes": True})
     for group, cls in classes.items():
         _check_keys(group, names[group], cls, content[group])
-        typed[group] = components.with_settings(cls, content.pop(group))
+        typed[group] = components.with_defaults(cls)
+        # Through the whole config, so that an error has the key with its group.
+        for key, value in components.other_than_default(cls, content.pop(group)).items():
+            typed[group][key] = value
     for key, value in content.items():
         typed[key] = value
     sized = [match[1] for word in words if (match := _SIZED_KEY.match(word))]

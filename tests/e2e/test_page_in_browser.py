@@ -20,6 +20,8 @@ pytestmark = [needs_chromium, pytest.mark.slow]
 
 X = np.array([1.5, 2.5, 4.0])
 TITLE = "coefficient (× the stream's median norm)"
+PANEL = {"text": "Adding the 'known' latent 67 to unknown prompts", "x": 0.5, "y": 1}
+PANEL |= {"xref": "paper", "yref": "paper", "showarrow": False}
 ROWS = [["b", 10, None], ["a", 9, 0.5], ["c", None, 1e-9]]
 
 
@@ -31,14 +33,15 @@ for (const column of [1, 1, 0, 2]) {
     ...[...heads].map(h => h.getAttribute("aria-sort"))]);
 }
 return states;"""
-WIDTHS = """const place = document.getElementById("fig-lines"), title = [];
+WIDTHS = """const place = document.getElementById("fig-lines"), states = [];
 draw(place);
 for (const width of ["900px", "300px", ""]) {
   place.style.width = width;
   fit();
-  title.push(place.layout.xaxis.title.text);
+  const { xaxis, annotations } = place.layout;
+  states.push([xaxis.title.text, annotations[0].text, place.style.minHeight]);
 }
-return title;"""
+return states;"""
 VALUES = {
     "points": "return Object.values(figures).map(points);",
     "csv": 'return csv([{ a: "x,y", b: null }, { b: "say \\"no\\"", c: 1.5 }]);',
@@ -57,8 +60,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     points = go.Scatter(x=["p", "q"], y=np.array([1, 2]), customdata=np.array([[7, 8.5], [9, 0.5]]))
     heat = go.Heatmap(x=[0, 1], y=["low", "high"], z=np.array([[0.1, 0.2], [0.3, np.nan]]))
     links = {"source": [0, 0], "target": [1, 2], "value": [0.9, 0.8]}
+    layout = {"xaxis": {"title": {"text": TITLE}}, "annotations": [PANEL]}
     figures = {
-        "lines": go.Figure([line, points], layout={"xaxis": {"title": {"text": TITLE}}}),
+        "lines": go.Figure([line, points], layout=layout),
         "heat": go.Figure(heat),
         "flow": go.Figure(go.Sankey(node={"label": ["7", "1", NASTY]}, link=links)),
     }
@@ -143,12 +147,13 @@ def test_a_table_sorts_by_a_click_and_says_so(values: dict[str, Any]) -> None:
     ]
 
 
-def test_a_long_title_of_an_axis_is_wrapped_while_the_page_is_narrow(
-    values: dict[str, Any],
-) -> None:
+def test_long_titles_are_wrapped_while_the_page_is_narrow(values: dict[str, Any]) -> None:
     wide, narrow, again = values["titles"]
-    assert wide == again == TITLE
-    assert narrow.split("<br>") == ["coefficient (× the stream's", "median norm)"]
+    assert wide == again == [TITLE, PANEL["text"], ""]
+    axis, panel, height = narrow
+    assert axis == "coefficient (× the stream's<br>median norm)"
+    assert panel == "Adding the 'known' latent 67<br>to unknown prompts"
+    assert height == f"{400 + 18 + 21}px"
 
 
 def test_no_figure_offers_to_send_its_data_anywhere(values: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import saexp
-from saexp.config.environment import as_typed, masked, resolved
+from saexp.config.environment import TypedValues, as_typed, masked, resolved
 from saexp.pipeline.finished import fingerprint
 from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.run_outputs import CommandResult, command, page_of, wandb_runs
@@ -169,6 +169,17 @@ def test_a_value_that_another_config_took_from_the_environment_stays_as_it_is_ty
         for path in ("${oc.env:SAEXP_TEST_FOLDER}", folder.parent / "data" / FOLDER)
     )
     assert from_environment == typed
+    assert as_typed(asdict(typed)) == asdict(typed)
+
+
+def test_a_value_that_a_later_config_takes_from_the_environment_stays_as_it_is_typed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saexp.config.environment._TYPED", TypedValues())
+    path = folder.parent / "data" / FOLDER / "rows.jsonl"
+    typed = saexp.compose(["dataset=jsonl", f"dataset.path={path}"])
+    later = saexp.compose(["tracker.project=${oc.env:SAEXP_TEST_FOLDER}"])
+    assert str(later.tracker.project) in str(typed.dataset.path)
     assert as_typed(asdict(typed)) == asdict(typed)
 
 

@@ -36,7 +36,8 @@ def test_an_entity_in_several_splits() -> None:
     twice = pd.concat([rows, rows.iloc[:1].assign(split="val")], ignore_index=True)
     with pytest.raises(DataError, match="^1 entity has rows in several splits, such as .* and val"):
         contrast(np.concatenate([DENSE, DENSE[:1]]), twice)
-    twice.loc[twice["unit"] == unit, "split"] = "train"
+    of_unit = twice.index[twice["unit"] == unit]
+    twice.loc[of_unit, "split"] = ["train", *[None] * (len(of_unit) - 1)]
     contrast(np.concatenate([DENSE, DENSE[:1]]), twice)
 
 

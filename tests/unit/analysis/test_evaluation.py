@@ -104,7 +104,9 @@ def assert_same(one: Evaluation, other: Evaluation, rtol: float = 1e-4) -> None:
 
 
 @EVERY
-def test_equals_a_plain_loop(architecture: str) -> None:
+def test_equals_a_plain_loop(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of a few rows each.
+    monkeypatch.setattr("saexp.latents.CHUNK_BYTES", 2000)
     model = random_lm(architecture)
     saes = [sae("jumprelu", Hookpoint(1, "resid_post"))]
     (one,) = evaluate_saes(model, saes, TOKENS[3:6])

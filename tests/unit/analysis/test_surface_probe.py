@@ -153,7 +153,8 @@ def test_without_repeated_rows_the_difference_is_that_of_delongs_placements(
     rng = np.random.default_rng(2)
     rows = labelled(inputs, np.arange(len(inputs.latents.rows)), ())
     rows = replace(rows, units=np.arange(len(rows)).astype(str))
-    own, other = (rng.normal(0, 1, len(rows)) + 0.5 * rows.first for _ in range(2))
+    common = rng.normal(0, 1, len(rows)) + 0.5 * rows.first
+    own, other = (common + 0.5 * rng.normal(0, 1, len(rows)) for _ in range(2))
     value, interval, p_value = Judge(rows).difference(own, other)
     expected = auroc_difference(own, other, rows.first, np.zeros(len(rows), dtype=int))
     assert value == pytest.approx(expected.value)

@@ -1,5 +1,6 @@
 """Steering, ablation and edits of the interactive API against hooks written by hand."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -281,3 +282,8 @@ def test_units_of_activation_are_measured_on_neutral_text(
     values = sae.encode(acts)[:, 4]
     assert largest == pytest.approx(float(values.max()), rel=0.1)
     assert high == pytest.approx(float(values[values > 0].quantile(0.99)), rel=0.1)
+    other = copy.deepcopy(sae)
+    other.W_enc.data *= 3
+    with saexp.steer(llama, other, 4, 1.0, "max_act"):
+        of_other = (llama.activations(SHORT[0], 1)[-1] - before).norm()
+    assert of_other == pytest.approx(float(other.encode(acts)[:, 4].max()), rel=0.1)

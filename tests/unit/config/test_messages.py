@@ -221,6 +221,10 @@ def test_a_former_spelling_is_read_with_a_warning(
     assert f" is now {key}=" in record.getMessage()
 
 
+def test_a_value_of_a_former_spelling_is_refused_with_its_whole_key() -> None:
+    assert error_line("task=collect", "shard=one") == "task.shard=one is not a whole number"
+
+
 def test_settings_of_a_former_file_are_read(tmp_path: Path) -> None:
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     text = "# @package _global_\ndefaults: [override /task: collect]\nshard: 0\nn_shards: 99\n"
