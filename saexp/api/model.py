@@ -124,6 +124,10 @@ class InteractiveModel(LanguageModel):
         """Latents `[n, d_sae]` of neutral text of each SAE with which it was encoded."""
         return WeakKeyDictionary()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Weak references cannot be pickled.
+        return {name: value for name, value in vars(self).items() if name != "neutral_latents"}
+
     @contextmanager
     def editing(self, edit: ActiveEdit) -> Iterator[None]:
         """Apply an edit while the context is open, after the edits that are already open.

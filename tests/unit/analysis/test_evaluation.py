@@ -104,9 +104,7 @@ def assert_same(one: Evaluation, other: Evaluation, rtol: float = 1e-4) -> None:
 
 
 @EVERY
-def test_equals_a_plain_loop(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of a few rows each.
-    monkeypatch.setattr("saexp.latents.CHUNK_BYTES", 2000)
+def test_equals_a_plain_loop(architecture: str) -> None:
     model = random_lm(architecture)
     saes = [sae("jumprelu", Hookpoint(1, "resid_post"))]
     (one,) = evaluate_saes(model, saes, TOKENS[3:6])
@@ -309,11 +307,14 @@ def test_small_memory_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None
     """Clean passes run again, one position of logits at a time, states scored one by one."""
     model, saes = random_lm("gemma2"), [sae(), sae("standard")]
     before = evaluate_saes(model, saes, TOKENS[5:])
+    monkeypatch.setattr(latents, "CHUNK_BYTES", 1)
+    # Several chunks of a batch of several texts, then batches of a text.
+    of_chunks = evaluate_saes(model, saes, TOKENS[5:])
     for name in ("LOGIT_BYTES", "KEPT_BYTES", "STREAM_BYTES"):
         monkeypatch.setattr(module, name, {"cpu": 1})
-    monkeypatch.setattr(latents, "CHUNK_BYTES", 1)
-    for one, other in zip(evaluate_saes(model, saes, TOKENS[5:]), before, strict=True):
-        assert_same(one, other)
+    for results in (of_chunks, evaluate_saes(model, saes, TOKENS[5:])):
+        for one, other in zip(results, before, strict=True):
+            assert_same(one, other)
 
 
 def test_blocks_that_carry_more_than_the_stream_are_all_run() -> None:

@@ -1,6 +1,7 @@
 """Steering, ablation and edits of the interactive API against hooks written by hand."""
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -286,4 +287,5 @@ def test_units_of_activation_are_measured_on_neutral_text(
     other.W_enc.data *= 3
     with saexp.steer(llama, other, 4, 1.0, "max_act"):
         of_other = (llama.activations(SHORT[0], 1)[-1] - before).norm()
+    assert pickle.dumps(llama)
     assert of_other == pytest.approx(float(other.encode(acts)[:, 4].max()), rel=0.1)
