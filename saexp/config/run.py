@@ -235,7 +235,6 @@ def register_schema(*, only_names: bool = False) -> None:
         schemas = [f"{group}_{name}" for group, names in _COMPONENTS.items() for name in names]
         for name in ("base_run", *schemas):
             store.store(name=name, node={})
-    # `load` would copy it.
     elif (base := store.repo.get("base_run.yaml")) is None or not base.node:
         _register_builtin(store)
     for group, name in registry.config_classes():
@@ -456,10 +455,9 @@ def _rename_former_keys(
             settings.get("options"), dict
         ):
             continue
-        for key, value in settings.pop("options").items():
-            both = isinstance(value, dict) and isinstance(settings.get(key), dict)
-            settings[key] = _merged(settings[key], value) if both else value
-            yield f"{group}.options.{key}", f"{group}.{key}"
+        former = settings.pop("options")
+        settings.update(_merged(settings, former))
+        yield from ((f"{group}.options.{key}", f"{group}.{key}") for key in former)
 
 
 def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
