@@ -81,7 +81,7 @@ def steer(
         unit: `resid_norm`, the median norm of the stream over ordinary tokens of neutral text;
             `absolute`, the length of the added vector; `raw`, the unnormalized decoder rows;
             `max_act` or `p99_act`, each latent's maximum or 99th percentile over the tokens of
-            neutral text at which it is active. Neutral text is read once per model and stream.
+            neutral text at which it is active. Neutral text is read once per stream and SAE.
         where: `all` (tokens of the prompt and generated tokens), `prompt`, `last` (of the prompt),
             `generated`, another option of the config group `positions` with its `where_options`,
             or indices of prompt tokens. Special tokens such as BOS are changed only by index.

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from rapidfuzz.fuzz import ratio
 
@@ -161,7 +161,6 @@ def is_initial(token: Token) -> bool:
     return len(token.text.replace(".", "").replace(" ", "")) <= 2 and token.text.isupper()
 
 
-@lru_cache(maxsize=2**14)
 def _folded(text: str) -> str:
     if text == "&":
         return "and"
